@@ -1,0 +1,81 @@
+# make submission   from nothing to a scored submission.csv and a page with pictures
+# make test         the notebooks as tests, then pytest
+# make export       notebooks -> cspine/, README.md; after every edit under nbs/
+# make demo-bundle  train again what lies in cspine/demo_bundle (hours)
+# make clean        forget .venv and build/
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DATA   := build/phantom
+CSV    := build/submission.csv
+PAGE   := build/submission.html
+SOURCES := $(shell find cspine submission -type f -not -path '*/__pycache__/*')
+# Studies that no training has seen: the demo bundle's phantoms come from DEMO_SEED.
+TEST_STUDIES := 16
+TEST_SEED    := 7
+DEMO_SEED    := 1000
+
+.PHONY: submission test export demo-bundle clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+# Bring $(1) about, or say that $(2) is reused as it is.
+need = @if $(MAKE) -q $(1) >/dev/null 2>&1; then echo "reusing $(2)"; else $(MAKE) --no-print-directory $(1); fi
+
+submission:
+	$(call need,$(VENV)/base.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
+	$(call need,$(DATA).stamp,$(DATA) (the phantom studies))
+	$(BIN)/cspine submit --data $(DATA) --out $(CSV)
+	$(BIN)/cspine score --truth $(DATA)/test_truth.csv --submission $(CSV) --data $(DATA) --page $(PAGE)
+
+test:
+	$(call need,$(VENV)/test.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2 --timing
+	$(BIN)/pytest -q tests
+
+export: $(VENV)/test.stamp
+	$(BIN)/nbdev-export
+	$(BIN)/python scripts/version.py
+	$(BIN)/python scripts/readme.py
+
+$(DATA).stamp: cspine/phantom.py
+	rm -rf $(DATA)
+	$(BIN)/cspine phantom $(DATA) --train 0 --test $(TEST_STUDIES) --size 256 --seed $(TEST_SEED)
+	@touch $@
+
+# The environment. An old pip cannot resolve the list, so pip comes first. Each stamp is newer than what it stands for:
+# base (what a user installs), test (that and what tests and training need), code (the project itself, not editable).
+$(VENV)/pip.stamp:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else \
+	"cspine needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: say make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/base.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip install .
+	@touch $@ $(VENV)/code.stamp
+
+$(VENV)/test.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip install '.[train,pretrained,dev]'
+	@touch $@ $(VENV)/base.stamp $(VENV)/code.stamp
+
+$(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
+	@touch $@
+
+# The demo bundle's figures are those of scripts/evaluate.py on the 32 studies held out here.
+DEMO := build/demo
+demo-bundle: $(VENV)/test.stamp $(VENV)/code.stamp
+	$(BIN)/cspine phantom $(DEMO)/data --train 480 --test 32 --size 256 --seed $(DEMO_SEED)
+	$(BIN)/cspine train segmentation --data $(DEMO)/data --preset tiny --fold 0 --resume --out $(DEMO)/segmentation
+	$(BIN)/cspine train classification --data $(DEMO)/data --preset tiny --fold 0 --resume --out $(DEMO)/classification \
+	    --segmentation $(DEMO)/segmentation
+	$(BIN)/cspine bundle $(DEMO)/segmentation $(DEMO)/classification --out cspine/demo_bundle
+	$(BIN)/python scripts/evaluate.py $(DEMO)/data cspine/demo_bundle
+
+clean:
+	rm -rf $(VENV) build
