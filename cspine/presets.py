@@ -6,20 +6,20 @@
 __all__ = ['LEVELS', 'TARGETS', 'CLASSES', 'PRESETS', 'CspineError', 'progress', 'SegmentationPreset', 'ClassificationPreset',
            'Preset', 'get_preset', 'presets']
 
-# %% ../nbs/00_presets.ipynb #de6467d8
+# %% ../nbs/00_presets.ipynb #ca564d02
 import sys,time
 from dataclasses import dataclass,asdict,fields
 
-# %% ../nbs/00_presets.ipynb #fafe9bbe
+# %% ../nbs/00_presets.ipynb #7dad9696
 LEVELS = ('C1','C2','C3','C4','C5','C6','C7')
 TARGETS = LEVELS + ('patient_overall',)
 CLASSES = ('background',) + LEVELS + ('T',)
 
-# %% ../nbs/00_presets.ipynb #c7e561b0
+# %% ../nbs/00_presets.ipynb #996b65b4
 class CspineError(Exception):
     "What went wrong, where, and what to do: one sentence that a user can act on"
 
-# %% ../nbs/00_presets.ipynb #10d25db4
+# %% ../nbs/00_presets.ipynb #d31b787c
 def _watched(stream):
     "Is there a terminal or a notebook at the other end?"
     return type(stream).__module__.startswith('ipykernel') or getattr(stream, 'isatty', lambda: False)()
@@ -50,7 +50,7 @@ def progress(
     t = time.monotonic() - start
     if t > after: print(f'{desc}: {n} done in {_clock(t)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/00_presets.ipynb #21dc031a
+# %% ../nbs/00_presets.ipynb #377d9363
 @dataclass(frozen=True)
 class SegmentationPreset:
     "Stage 1: from HU to a label map of nine classes"
@@ -119,7 +119,7 @@ class Preset:
         d['classification'] = ClassificationPreset(**_checked(ClassificationPreset, d['classification'], 'classification'))
         return cls(**d)
 
-# %% ../nbs/00_presets.ipynb #129ad650
+# %% ../nbs/00_presets.ipynb #9c0f135c
 _CHOICES = dict(model=('unet2d','unet3d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice'),
                 augment=('paper','neck3d','light','none'), patient=('noisy_or','head'))
 
@@ -148,22 +148,22 @@ def _checked(cls, d, where):
         out[k] = v
     return out
 
-# %% ../nbs/00_presets.ipynb #08b15d4b
+# %% ../nbs/00_presets.ipynb #1f211742
 PRESETS = dict(
     paper=Preset('paper',
         SegmentationPreset(model='unet2d', encoder='efficientnet-b5', pretrained=True, in_channels=3, classes=9,
             input='windows', size=512, spacing=None, patch=None, widths=None, loss='bce_jaccard', augment='paper',
             epochs=20, steps=None, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.),
         ClassificationPreset(encoder='resnet101', pretrained=True, decoder_channels=(256,128,64,32,16), slices=30,
-            size=512, margin_mm=0., window=(1800,400), classes=7, hidden=256, layers=2, patient='noisy_or',
+            size=256, margin_mm=0., window=(1800,400), classes=7, hidden=256, layers=2, patient='noisy_or',
             mask_loss=1., dropout=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.)),
     tiny=Preset('tiny',
         SegmentationPreset(model='unet3d', encoder=None, pretrained=False, in_channels=3, classes=9,
             input='windows', size=None, spacing=2., patch=80, widths=(16,32,64,112,160), loss='ce_dice',
-            augment='neck3d', epochs=12, steps=200, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
-        ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
-            size=128, margin_mm=4., window=(1800,400), classes=7, hidden=64, layers=2, patient='noisy_or',
-            mask_loss=0., dropout=0.2, augment='light', epochs=8, batch=4, lr=5e-4, weight_decay=1e-2, ema=0.)),
+            augment='neck3d', epochs=8, steps=200, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
+        ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(64,32,16,16,8), slices=30,
+            size=128, margin_mm=4., window=(1800,400), classes=7, hidden=128, layers=2, patient='head',
+            mask_loss=0.2, dropout=0.2, augment='light', epochs=12, batch=4, lr=5e-4, weight_decay=1e-2, ema=0.99)),
 )
 
 def get_preset(
