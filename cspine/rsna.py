@@ -8,21 +8,21 @@ __all__ = ['UID', 'KIND', 'ROW', 'VALUE', 'PREVALENCE', 'PRIOR', 'TableError', '
            'write_submission', 'read_mask', 'write_mask', 'folds', 'write_folds', 'read_folds', 'metric',
            'best_constant', 'score']
 
-# %% ../nbs/03_rsna.ipynb #abf89d85
+# %% ../nbs/03_rsna.ipynb #72a6a780
 import csv,math,os,re,tempfile
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .presets import LEVELS,TARGETS,CspineError
 
-# %% ../nbs/03_rsna.ipynb #7f24a387
+# %% ../nbs/03_rsna.ipynb #04d9a57c
 class TableError(CspineError):
     "A table that cannot be read as the competition's: names the file, the line and the fix"
 
 class MaskError(CspineError):
     "A mask that does not belong on the volume: names both geometries"
 
-# %% ../nbs/03_rsna.ipynb #d8471299
+# %% ../nbs/03_rsna.ipynb #7a68f4d0
 UID,KIND,ROW,VALUE = 'StudyInstanceUID','prediction_type','row_id','fractured'
 _UID = re.compile(r'[0-9]+(\.[0-9]+)*')
 
@@ -34,7 +34,7 @@ def validate_uid(
         raise TableError(f'{str(uid)[:80]!r} is not a StudyInstanceUID: digits and dots only, at most 64 characters')
     return uid
 
-# %% ../nbs/03_rsna.ipynb #5ba31c3e
+# %% ../nbs/03_rsna.ipynb #bfe68f5d
 def read_table(
     path,           # a CSV file: UTF-8, with or without byte order mark, any line ending
     types:dict,     # column -> function that turns its text into a value, raises ValueError or TableError if it cannot
@@ -77,7 +77,7 @@ def read_table(
     df.attrs['lines'] = lines
     return df
 
-# %% ../nbs/03_rsna.ipynb #50c552ca
+# %% ../nbs/03_rsna.ipynb #a601c963
 def _label(s):
     v = _number(s)
     if v not in (0,1): raise ValueError(f'{s!r} is neither 0 nor 1')
@@ -112,7 +112,7 @@ def _name(s):
     if not s: raise ValueError('is empty')
     return s
 
-# %% ../nbs/03_rsna.ipynb #f34c39f1
+# %% ../nbs/03_rsna.ipynb #1fa5bf20
 def read_train(
     path,           # train.csv, or any table like it
 )->pd.DataFrame:    # index StudyInstanceUID, columns `TARGETS`, int 0 or 1
@@ -144,7 +144,7 @@ def read_submission(
     "The probabilities of a submission, each in 0 to 1, no row twice"
     return read_table(path, {ROW:_name, VALUE:_probability}, key=[ROW])
 
-# %% ../nbs/03_rsna.ipynb #055cab90
+# %% ../nbs/03_rsna.ipynb #6be6a748
 def _folders(path):
     try: return {p.name: p for p in sorted(Path(path).iterdir()) if p.is_dir() and not p.name.startswith(('.','__MACOSX'))}
     except OSError as e: raise TableError(f'{path} cannot be listed: {e.strerror}') from None
@@ -176,7 +176,7 @@ def test_rows(
     return pd.DataFrame(rows, columns=[ROW,UID,KIND])
 test_rows.__test__ = False   # pytest: not a test
 
-# %% ../nbs/03_rsna.ipynb #4c95f15b
+# %% ../nbs/03_rsna.ipynb #3ec40783
 def write_whole(
     path,           # the file
     content,        # str or bytes
@@ -208,7 +208,7 @@ def write_submission(
     if df[ROW].duplicated().any(): raise TableError(f'{df[ROW][df[ROW].duplicated()].iloc[0]} is there twice; nothing written to {path}')
     return write_whole(path, df[[ROW,VALUE]].to_csv(index=False, float_format='%.9g', lineterminator='\n'))
 
-# %% ../nbs/03_rsna.ipynb #af6f0f2e
+# %% ../nbs/03_rsna.ipynb #446ab006
 _RAS = np.diag([-1.,-1.,1.,1.])   # LPS <-> RAS
 
 def _geometry(shape, affine, axes):
@@ -277,7 +277,7 @@ def write_mask(
         data = gzip.compress(data, mtime=0)
     return write_whole(path, data)
 
-# %% ../nbs/03_rsna.ipynb #8db86c21
+# %% ../nbs/03_rsna.ipynb #186e861a
 def folds(
     train:pd.DataFrame, # as from `read_train`
     n:int=5,            # number of folds; the paper has 5
@@ -308,7 +308,7 @@ def read_folds(
     "Read what `write_folds` wrote"
     return read_table(path, {UID:validate_uid, 'fold':_whole}, key=[UID]).set_index(UID)['fold']
 
-# %% ../nbs/03_rsna.ipynb #264c933c
+# %% ../nbs/03_rsna.ipynb #2c695035
 _EPS = 1e-15                                                   # a probability of 0 or 1 costs at most -log(1e-15) = 34.5
 _WEIGHT = pd.Series([1.]*7 + [7.], index=TARGETS)              # of a negative; a positive weighs twice that
 
@@ -338,7 +338,7 @@ def metric(
     w,loss = _losses(truth, pred)
     return float(((w*loss).sum(1)/w.sum(1)).mean())
 
-# %% ../nbs/03_rsna.ipynb #0804a4c3
+# %% ../nbs/03_rsna.ipynb #b526a3a0
 def best_constant(
     truth:pd.DataFrame, # columns `TARGETS`, 0 or 1
 )->pd.Series:           # a probability per target
@@ -350,7 +350,7 @@ def best_constant(
 PREVALENCE = pd.Series(dict(C1=.07, C2=.14, C3=.04, C4=.05, C5=.08, C6=.14, C7=.19, patient_overall=.476))
 PRIOR = 2*PREVALENCE/(1+PREVALENCE)   # the answer for a study of the competition that nobody looked at
 
-# %% ../nbs/03_rsna.ipynb #88cf9f8f
+# %% ../nbs/03_rsna.ipynb #7c2ba2dd
 def score(
     truth,          # CSV like train.csv
     submission,     # CSV: row_id, fractured

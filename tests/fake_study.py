@@ -1,0 +1,73 @@
+"""Stand-ins for test_submission: studies that do what their only file says, and a pipeline that knows what to answer."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+from cspine.dicom import Volume
+from cspine.presets import TARGETS, CspineError
+
+
+def make(folder, **what):
+    """A study folder; `what` is read by `read` and `FakePipeline`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    (folder / "1.dcm").write_text(json.dumps(what))
+
+
+def read(folder):
+    """Called in the reader process instead of read_series."""
+    what = json.loads((Path(folder) / "1.dcm").read_text())
+    print("a library's chatter on stdout")
+    if "seconds" in what:
+        time.sleep(what["seconds"])
+    if what.get("read") == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what.get("read") == "exit":
+        raise SystemExit(3)
+    if what.get("read") == "error":
+        raise CspineError("slice 3 is torn")
+    if what.get("read") == "memory":
+        raise MemoryError
+    volume = Volume(np.full((3, 4, 5), what.get("hu", 0), np.int16), np.eye(4), Path(folder).name, ["a note of the reader"])
+    volume.what = what
+    return volume
+
+
+class FakePipeline:
+    """Answers hu / 1000 for every target, or fails as the study says."""
+
+    def __init__(self, bundle=None):
+        self.seen, self.oom = [], 0
+        self.bundle = None if bundle is None else SimpleNamespace(path=bundle, prior=pd.Series(0.25, index=TARGETS))
+
+    def predict(self, volume):
+        self.seen.append(volume.uid)
+        how = volume.what.get("predict")
+        if how == "error":
+            raise RuntimeError("shapes do not\nmatch")
+        if how == "exit":
+            raise SystemExit(1)
+        if how == "hang":
+            time.sleep(60)
+        if how == "memory" or (how == "memory once" and self.seen.count(volume.uid) == 1):
+            raise MemoryError
+        if how == "kill the run":
+            os.kill(os.getpid(), signal.SIGKILL)
+        p = pd.Series(volume.hu[0, 0, 0] / 1000, index=list(TARGETS))
+        if how == "nan":
+            p["C4"] = np.nan
+        if how == "above":
+            p["C4"] = 1.01
+        if how == "incomplete":
+            p = p.drop("C7")
+        spine = how != "no spine"
+        return SimpleNamespace(
+            probabilities=p, notes=[*volume.notes, "a note of the pipeline"], cervical_spine=spine,
+            reason="" if spine else "no bone of the neck's shape",
+        )

@@ -1,0 +1,336 @@
+"""The runner: every row once, in order, whatever a study does."""
+
+import csv
+import importlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from cspine.dicom import write_series
+from cspine.presets import TARGETS, CspineError
+from cspine.rsna import PRIOR
+from cspine_submission import reading, submit
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the reader processes as well
+fake_study = importlib.import_module("fake_study")
+FakePipeline, make = fake_study.FakePipeline, fake_study.make
+REPORT = "submission_report.json"
+
+
+@pytest.fixture
+def fake_reader(monkeypatch):
+    monkeypatch.setattr(reading, "READER", "fake_study:read")
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "bundle.json").write_text("{}")
+    return folder
+
+
+def write_test_csv(data, uids, kinds=TARGETS, shuffle=False, columns=("row_id", "StudyInstanceUID", "prediction_type"), **kw):
+    rows = [{"row_id": f"{u}_{k}", "StudyInstanceUID": u, "prediction_type": k, "note": "x"} for u in uids for k in kinds]
+    if shuffle:
+        random.Random(0).shuffle(rows)
+    data.mkdir(exist_ok=True)
+    with open(data / "test.csv", "w", newline="", **kw) as f:
+        out = csv.DictWriter(f, columns, extrasaction="ignore")
+        out.writeheader()
+        out.writerows(rows)
+    return [r["row_id"] for r in rows]
+
+
+def answers(path):
+    """The CSV read without any of our code."""
+    with open(path, newline="") as f:
+        lines = list(csv.reader(f))
+    assert lines[0] == ["row_id", "fractured"]
+    assert all(0 <= float(p) <= 1 for _, p in lines[1:])
+    return [r for r, _ in lines[1:]], {r: float(p) for r, p in lines[1:]}
+
+
+def test_every_row_once_in_the_files_order(tmp_path, fake_reader):
+    data = tmp_path / "data"
+    for i in range(1, 6):
+        make(data / "test_images" / f"1.2.{i}", hu=100 * i)
+    columns = ["note", "prediction_type", "StudyInstanceUID", "row_id"]
+    rows = write_test_csv(data, [f"1.2.{i}" for i in (3, 1, 5, 2, 4)], shuffle=True, columns=columns, encoding="utf-8-sig")
+    report = submit(data, out=tmp_path / "new" / "s.csv", pipeline=FakePipeline())
+    order, p = answers(tmp_path / "new" / "s.csv")
+    assert order == rows
+    assert all(p[r] == pytest.approx(int(r.split("_")[0][-1]) / 10) for r in rows)
+    assert report["rows"] == 40 and report["counts"] == {"predicted": 5}
+    assert report == json.loads((tmp_path / "new" / REPORT).read_text())
+    assert report["study"]["1.2.1"]["notes"] == ["a note of the reader", "a note of the pipeline"]
+    assert report["study"]["1.2.1"]["reason"] == "a note of the reader"
+
+
+def test_a_few_rows_of_a_study_are_enough(tmp_path, fake_reader):
+    data = tmp_path / "data"
+    make(data / "test_images/1.2", hu=300)
+    make(data / "test_images/9.9", hu=300)  # there, but nobody asks for it
+    rows = write_test_csv(data, ["1.2"], kinds=["C5", "C1"])
+    pipeline = FakePipeline()
+    submit(data, out=tmp_path / "s.csv", pipeline=pipeline)
+    assert answers(tmp_path / "s.csv")[0] == rows
+    assert pipeline.seen == ["1.2"]
+
+
+def test_a_folder_of_study_folders(tmp_path, fake_reader):
+    for name in ("patient b", "1.2.3"):
+        make(tmp_path / "scans" / name, hu=500)
+    submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline())
+    assert answers(tmp_path / "s.csv")[0] == [f"{u}_{t}" for u in ("1.2.3", "patient b") for t in TARGETS]
+
+
+FAILURES = {
+    "missing": (None, "no folder for it in"),
+    "crash": ({"read": "crash"}, "died (killed by SIGSEGV"),
+    "exit": ({"read": "exit"}, "died (exit code 3"),
+    "error": ({"read": "error"}, "slice 3 is torn"),
+    "memory in the reader": ({"read": "memory"}, "MemoryError"),
+    "slow reader": ({"seconds": 60}, "reading took more than 2 s"),
+    "slow network": ({"predict": "hang"}, "predicting took more than 2 s"),
+    "exception": ({"predict": "error"}, "RuntimeError: shapes do not match (fake_study.py:"),
+    "SystemExit": ({"predict": "exit"}, "SystemExit: 1"),
+    "memory": ({"predict": "memory"}, "MemoryError"),
+    "nan": ({"predict": "nan"}, "no probability: C4 = nan"),
+    "above 1": ({"predict": "above"}, "no probability: C4 = 1.01"),
+    "a target lacks": ({"predict": "incomplete"}, "KeyError: 'C7'"),
+}
+
+
+@pytest.mark.parametrize("prior_of", ["bundle", "competition"])
+def test_what_fails_gets_the_prior_and_a_reason(tmp_path, fake_reader, bundle, prior_of):
+    data, uids = tmp_path / "data", [f"1.2.{i}" for i in range(1, len(FAILURES) + 1)]
+    for uid, (what, _) in zip(uids, FAILURES.values()):
+        if what is not None:
+            make(data / "test_images" / uid, hu=900, **what)
+    sound = ["1.3.1", "1.3.2"]
+    for uid, what in zip(sound, [{}, {"predict": "memory once"}]):
+        make(data / "test_images" / uid, hu=900, **what)
+    make(data / "test_images/1.4", hu=640, predict="no spine")
+    rows = write_test_csv(data, [*uids, *sound, "1.4"], shuffle=True)
+    pipeline = FakePipeline(bundle if prior_of == "bundle" else None)
+    report = submit(data, out=tmp_path / "s.csv", pipeline=pipeline, timeout=2, workers=2)
+    order, p = answers(tmp_path / "s.csv")
+    assert order == rows
+    expected = dict.fromkeys(TARGETS, 0.25) if prior_of == "bundle" else PRIOR
+    for uid, (name, (_, reason)) in zip(uids, FAILURES.items()):
+        study = report["study"][uid]
+        assert study["status"] == "prior" and reason in study["reason"], (name, study)
+        assert all(p[f"{uid}_{t}"] == pytest.approx(expected[t]) for t in TARGETS), name
+    for uid in sound:
+        assert report["study"][uid]["status"] == "predicted" and p[f"{uid}_C1"] == pytest.approx(0.9)
+    assert report["study"]["1.4"]["status"] == "no cervical spine"
+    assert report["study"]["1.4"]["reason"] == "no bone of the neck's shape"
+    assert report["counts"] == {"prior": len(FAILURES), "predicted": 2, "no cervical spine": 1}
+    assert report["seconds"] < 40
+
+
+def test_nothing_can_be_read_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "READER", "no_such_module:read")
+    make(tmp_path / "scans/1.2")
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline())
+    assert "ModuleNotFoundError" in report["study"]["1.2"]["reason"]
+    assert len(answers(tmp_path / "s.csv")[0]) == 8
+
+
+def test_the_time_for_the_whole_run(tmp_path, fake_reader):
+    for i in range(4):
+        make(tmp_path / "scans" / f"1.{i}", hu=500, seconds=1)
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline(), workers=1, budget=2.5)
+    done = [s["status"] for s in report["study"].values()]
+    assert done[0] == "predicted" and done[-1] == "prior"
+    assert "were over" in report["study"]["1.3"]["reason"] and report["seconds"] < 6
+
+
+def test_volumes_are_read_ahead_but_not_all_at_once(tmp_path, fake_reader):
+    folders = [tmp_path / f"1.{i}" for i in range(6)]
+    for f in folders:
+        make(f)
+    asked = []
+
+    def ask():
+        for f in folders:
+            asked.append(f)
+            yield f
+
+    volumes = reading.read_ahead(ask(), 2, 60)
+    got = [next(volumes)]
+    assert len(asked) == 3  # the one that we have and two more
+    got += volumes
+    assert [v.uid for v, _ in got] == [f.name for f in folders]
+
+
+def test_reading_overlaps_with_predicting(tmp_path, fake_reader):
+    for i in range(4):
+        make(tmp_path / "scans" / f"1.{i}", seconds=0.5)
+
+    class Slow(FakePipeline):
+        def predict(self, volume):
+            time.sleep(0.5)
+            return super().predict(volume)
+
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=Slow(), workers=1)
+    waited = sum(s["seconds"]["read"] for s in report["study"].values())
+    assert report["seconds"] < waited + 4 * 0.5  # less than one after the other
+
+
+def test_a_reader_that_dies_idle_is_replaced(tmp_path, fake_reader):
+    make(tmp_path / "1.2")
+    r = reading.Reader()
+    r.read(tmp_path / "1.2", 60)
+    r.process.kill()
+    r.process.wait()
+    assert r.read(tmp_path / "1.2", 60).uid == "1.2"
+    r.close()
+    r.close()
+
+
+def test_a_second_run_reuses_what_still_fits(tmp_path, fake_reader, bundle, capsys):
+    data, out = tmp_path / "data", tmp_path / "s.csv"
+    for i in range(3):
+        make(data / "test_images" / f"1.{i}", hu=100 * i)
+    write_test_csv(data, ["1.0", "1.1", "1.2", "1.3"])  # 1.3 is missing
+
+    def run(**kw):
+        pipeline = FakePipeline(bundle)
+        report = submit(data, out=out, pipeline=pipeline, **kw)
+        return pipeline.seen, report, capsys.readouterr().out
+
+    seen, _, said = run()
+    assert seen == ["1.0", "1.1", "1.2"] and "reusing" not in said
+    first = out.read_text()
+    out.unlink()
+    seen, report, said = run()
+    assert seen == [] and report["reused"] == 3 and "reusing 3 of 4 studies" in said
+    assert out.read_text() == first and report["study"]["1.1"]["reused"]
+
+    make(data / "test_images/1.3", hu=300)  # the study that failed is tried again
+    assert run()[0] == ["1.3"]
+    shutil.rmtree(data / "test_images/1.1")
+    make(data / "test_images/1.1", hu=777)  # a study whose files changed too
+    seen, report, _ = run()
+    assert seen == ["1.1"] and answers(out)[1]["1.1_C1"] == pytest.approx(0.777)
+    (tmp_path / "s.csv.parts/study_00002.json").write_text('{"uid": "1.')  # torn
+    assert run()[0] == ["1.2"]
+    assert len(run(resume=False)[0]) == 4
+    (bundle / "bundle.json").write_text('{"other": 1}')
+    seen, _, said = run()
+    assert len(seen) == 4 and "not reusing 4 studies" in said
+    write_test_csv(data, ["1.2", "1.0", "1.1", "1.3"])
+    assert len(run()[0]) == 4
+    assert run()[0] == []
+
+
+def test_a_killed_run_goes_on(tmp_path, bundle):
+    data, out = tmp_path / "data", tmp_path / "s.csv"
+    for i in range(4):
+        make(data / "test_images" / f"1.{i}", hu=100 * i, **({"predict": "kill the run"} if i == 2 else {}))
+    write_test_csv(data, [f"1.{i}" for i in range(4)])
+    script = textwrap.dedent(f"""
+        from cspine_submission import reading, submit
+        from fake_study import FakePipeline
+        from pathlib import Path
+        reading.READER = "fake_study:read"
+        submit({str(data)!r}, out={str(out)!r}, pipeline=FakePipeline(Path({str(bundle)!r})), workers=1)
+    """)  # no main guard: the reader processes must not need one
+    path = tmp_path / "run.py"
+    path.write_text(script)
+    env = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    first = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    assert not out.exists() and not list(tmp_path.glob(".s.csv*"))
+    shutil.rmtree(data / "test_images/1.2")
+    make(data / "test_images/1.2", hu=200)
+    second = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True)
+    assert second.returncode == 0 and "reusing 2 of 4 studies" in second.stdout, second
+    assert answers(out)[1]["1.2_C7"] == pytest.approx(0.2)
+
+
+def test_no_reader_is_left_behind(tmp_path, fake_reader, monkeypatch):
+    for i, seconds in enumerate([0, 30, 30]):
+        make(tmp_path / f"1.{i}", seconds=seconds)
+    started, start = [], reading.Reader._start
+
+    def spy(self):
+        start(self)
+        started.append(self.process)
+
+    monkeypatch.setattr(reading.Reader, "_start", spy)
+    volumes = reading.read_ahead([tmp_path / f"1.{i}" for i in range(3)], 2, 60)
+    next(volumes)
+    while len(started) < 2:
+        time.sleep(0.05)
+    began = time.monotonic()
+    volumes.close()  # as at Ctrl-C
+    assert time.monotonic() - began < 5 and all(p.poll() is not None for p in started)
+
+
+def test_empty_text_and_cut_off(tmp_path):
+    """The real reader: all rows are there, and three reasons."""
+    data, images = tmp_path / "data", tmp_path / "data" / "test_images"
+    hu = np.random.default_rng(0).normal(0, 300, (6, 64, 64)).astype(np.int16)
+    affine = np.array([[0, 0, 0.5, 0], [0, 0.5, 0, 0], [-1.0, 0, 0, 0], [0, 0, 0, 1]])
+    for uid in ("1.2.1", "1.2.4"):
+        write_series(hu, affine, images / uid, uid=uid)
+    (images / "1.2.2").mkdir()
+    (images / "1.2.3").mkdir()
+    (images / "1.2.3" / "1.dcm").write_text("This is not a slice.\n" * 50)
+    for path in (images / "1.2.4").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    rows = write_test_csv(data, ["1.2.4", "1.2.3", "1.2.2", "1.2.1"])
+
+    class Half:
+        def predict(self, volume):
+            assert np.array_equal(volume.hu, hu)  # only the sound study comes this far
+            return SimpleNamespace(
+                probabilities=pd.Series(0.5, index=TARGETS), notes=volume.notes, cervical_spine=True, reason=""
+            )
+
+    report = submit(data, out=tmp_path / "s.csv", pipeline=Half())
+    order, p = answers(tmp_path / "s.csv")
+    assert order == rows and p["1.2.1_C3"] == 0.5
+    reasons = [s["reason"] for u, s in report["study"].items() if u != "1.2.1"]
+    assert report["counts"] == {"prior": 3, "predicted": 1} and len(set(reasons)) == 3 and all(reasons), report["study"]
+    assert all(p[f"{u}_C7"] == pytest.approx(PRIOR["C7"]) for u in ("1.2.2", "1.2.3", "1.2.4"))
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({"timeout": 0}, "timeout and budget are seconds"),
+    ({"out": "."}, "is a folder"),
+    ({"data": "nowhere"}, "is not a folder"),
+])
+def test_usage_errors_come_before_any_work(tmp_path, wrong, says):
+    make(tmp_path / "scans/1.2")
+    pipeline = FakePipeline()
+    with pytest.raises(CspineError, match=says):
+        submit(**{"data": tmp_path / "scans", "out": tmp_path / "s.csv", "pipeline": pipeline} | wrong)
+    assert pipeline.seen == []
+
+
+def test_a_bad_row_is_named_and_leaves_the_old_csv(tmp_path, fake_reader):
+    data, out = tmp_path / "data", tmp_path / "s.csv"
+    write_test_csv(data, ["1.2", "../../etc"])
+    out.write_text("old")
+    with pytest.raises(CspineError, match="line 10: StudyInstanceUID: '../../etc' is not"):
+        submit(data, out=out, pipeline=FakePipeline())
+    assert out.read_text() == "old"
+
+
+def test_importing_the_runner_does_not_load_torch():
+    code = "import cspine_submission, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
