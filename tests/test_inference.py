@@ -1,0 +1,128 @@
+"""The pipeline: a neck gets answers from its own pixels; everything else gets the prior and a note."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cspine import inference
+from cspine.bundle import load_bundle, random_bundle
+from cspine.cropping import boxes_from_labels
+from cspine.dicom import Volume, write_series
+from cspine.inference import EPS, Pipeline, predict
+from cspine.phantom import make_study
+from cspine.presets import TARGETS, CspineError
+
+
+@pytest.fixture(scope='module')
+def study(): return make_study(3, size=96)
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory): return load_bundle(random_bundle(tmp_path_factory.mktemp('bundle')/'b', folds=2))
+
+
+@pytest.fixture
+def pipeline(bundle): return Pipeline(bundle, device='cpu')
+
+
+def test_a_neck_gets_answers_and_the_evidence_for_them(pipeline, study):
+    p = pipeline.predict(study.volume, study.labels)
+    assert p.uid == study.volume.uid and p.cervical_spine and p.present.all()
+    assert p.probabilities.index.tolist() == list(TARGETS) and p.probabilities.between(EPS, 1-EPS).all()
+    assert np.array_equal(p.boxes, boxes_from_labels(study.labels)) and p.labels is study.labels
+    cls = pipeline.bundle.preset.classification
+    assert p.crops.shape == (7, cls.slices, cls.size, cls.size) and p.crops.dtype == np.uint8
+    assert all(c.std() > 5 for c in p.crops)                        # pictures of something
+    assert list(p.seconds) == ['labels', 'crops', 'probabilities'] and all(s >= 0 for s in p.seconds.values())
+    assert not p.probabilities[:7].round(6).equals(p.prior[:7].round(6))
+
+
+def test_the_answers_depend_on_the_pixels_and_are_the_same_again(pipeline, study):
+    a, b = (pipeline.predict(study.volume, study.labels).probabilities for _ in range(2))
+    assert a.equals(b)
+    hu = study.volume.hu.copy()
+    hu[study.labels == 3] = -1000
+    c = pipeline.predict(Volume(hu, study.volume.affine, 'x'), study.labels).probabilities
+    assert a['C3'] != c['C3']
+
+
+def test_stage_1_is_used_when_no_labels_are_given(pipeline, study, monkeypatch):
+    seen = []
+    def labels_of(models, preset, volume, device):
+        seen.append((len(models), preset, device))
+        return study.labels
+    monkeypatch.setattr(inference, 'predict_labels', labels_of)
+    p = pipeline.predict(study.volume)
+    assert p.cervical_spine and seen == [(2, pipeline.bundle.preset.segmentation, torch.device('cpu'))]
+
+
+def test_stage_1_of_random_weights_runs_for_real(pipeline, study):
+    p = pipeline.predict(study.volume)
+    assert p.labels.shape == study.volume.shape and p.labels.dtype == np.uint8
+    assert p.probabilities.between(EPS, 1-EPS).all()
+
+
+def test_without_a_cervical_spine_the_prior_answers(pipeline, study):
+    p = pipeline.predict(study.volume, np.zeros(study.volume.shape, np.uint8))
+    assert not p.cervical_spine and p.reason
+    assert np.allclose(p.probabilities, pipeline.bundle.prior)
+    assert any('no cervical spine' in n and p.reason in n for n in p.notes)
+    assert (p.boxes == -1).all() and not p.present.any() and not p.crops.any()
+
+
+def test_a_vertebra_outside_of_the_scan_gets_its_prior(pipeline, study):
+    labels = np.where(study.labels == 7, 0, study.labels)
+    p, prior = pipeline.predict(study.volume, labels), pipeline.bundle.prior
+    assert not p.present[6] and p.probabilities['C7'] == pytest.approx(prior['C7'])
+    assert p.probabilities['C2'] != pytest.approx(prior['C2'])
+    assert any('C7 not in the scan' in n for n in p.notes)
+
+
+def test_the_prior_is_the_bundle_s_own(bundle, study):
+    mine = replace(bundle, prior=bundle.prior*0 + .123)
+    p = Pipeline(mine, device='cpu').predict(study.volume, np.where(study.labels == 7, 0, study.labels))
+    assert p.probabilities['C7'] == pytest.approx(.123)
+    p = Pipeline(mine, device='cpu').predict(study.volume, study.labels*0)
+    assert np.allclose(p.probabilities, .123)
+
+
+def test_notes_of_the_reader_are_kept_and_not_changed(pipeline, study):
+    v = Volume(study.volume.hu, study.volume.affine, 'x', ['two slices were missing'])
+    assert pipeline.predict(v, np.zeros(v.shape, np.uint8)).notes[0] == 'two slices were missing'
+    assert v.notes == ['two slices were missing']
+
+
+@pytest.mark.parametrize('says, answer', [(0., EPS), (1., 1-EPS), (.3, .3)])
+def test_no_answer_is_quite_sure(pipeline, study, monkeypatch, says, answer):
+    monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: np.full(8, says))
+    assert np.allclose(pipeline.predict(study.volume, study.labels).probabilities, answer)
+
+
+def test_what_is_not_a_number_becomes_the_prior(pipeline, study, monkeypatch):
+    monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: np.array([np.nan, np.inf] + [.5]*6))
+    p = pipeline.predict(study.volume, study.labels)
+    assert np.allclose(p.probabilities, [*pipeline.bundle.prior[:2]] + [.5]*6)
+    assert any('C1, C2 came out as not a number' in n for n in p.notes)
+
+
+def test_wrong_labels_and_devices_are_refused(bundle, pipeline, study):
+    with pytest.raises(CspineError, match='same grid'):
+        pipeline.predict(study.volume, study.labels[1:])
+    for device in ('abacus', 'cuda:99', 'meta'):
+        with pytest.raises(CspineError, match='cannot use the device'):
+            Pipeline(bundle, device=device)
+
+
+def test_a_scan_of_one_slice(pipeline):
+    v = Volume(np.zeros((1, 64, 64), np.int16), np.diag([1., 1, 1, 1]), 'x')
+    p = pipeline.predict(v)
+    assert not p.cervical_spine and np.isfinite(p.probabilities).all()
+
+
+def test_a_folder_of_dicom_files(study, tmp_path, bundle):
+    small = study.volume.hu[:40]
+    folder = write_series(small, study.volume.affine, tmp_path/'1.2.3', uid='1.2.3')
+    p = predict(folder, bundle, device='cpu')
+    assert p.uid == '1.2.3' and 'read' in p.seconds and p.labels.shape == small.shape
+    with pytest.raises(CspineError):
+        predict(tmp_path/'nowhere', bundle)
