@@ -83,11 +83,11 @@ def test_what_does_not_fit_sixteen_bits_stays_as_it_is():
 
 def test_other_epochs_are_the_same_preset_and_each_stage_keeps_its_own(tmp_path):
     p = small_preset()
-    longer = replace(p, segmentation=replace(p.segmentation, epochs=99))
-    make_run(tmp_path/'seg', 'segmentation', longer)
-    make_run(tmp_path/'cls', 'classification', p)
+    seg, cls = replace(p.segmentation, epochs=99), replace(p.classification, epochs=77)
+    make_run(tmp_path/'seg', 'segmentation', replace(p, segmentation=seg))
+    make_run(tmp_path/'cls', 'classification', replace(p, classification=cls))
     b = load_bundle(bundle([tmp_path/'cls', tmp_path/'seg'], tmp_path/'b'))
-    assert b.preset == longer
+    assert b.preset == replace(p, segmentation=seg, classification=cls)
 
 
 def test_folds_from_two_runs_are_joined(tmp_path):
