@@ -22,6 +22,7 @@ def from_root(match):
 def readme(notebook=ROOT / 'nbs/index.ipynb'):
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
+    nb.metadata.language_info = {'name': 'python'}
     text, _ = MarkdownExporter(exclude_output=True).from_notebook_node(nb)
     return NOTE + re.sub(r'\]\(([^)\s]+)\)', from_root, text).strip() + '\n'
 

@@ -1,0 +1,201 @@
+"""The command line from outside: exit codes, what is printed where, and the whole way of the data on a few phantoms."""
+import contextlib
+import importlib
+import inspect
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cspine import __version__, cli
+from cspine.presets import TARGETS
+
+COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train classification', 'bundle', 'predict', 'submit', 'score', 'presets')
+
+
+class Done:
+    """What a shell would have seen of a command line, run in this process: starting Python and torch takes seconds."""
+    def __init__(self, *args):
+        self.returncode, out, err = None, io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: cli.main([*map(str, args)])
+            except SystemExit as stop: self.returncode = stop.code or 0
+        self.stdout, self.stderr = out.getvalue(), err.getvalue()
+
+
+cspine = Done
+
+
+def fails(code, *args):
+    """Ends with `code` and without a traceback; what it said."""
+    done = cspine(*args)
+    assert done.returncode == code, (args, done.stdout, done.stderr)
+    assert 'Traceback' not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch): monkeypatch.setenv('COLUMNS', '100')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp('cli') / 'data'
+    done = cspine('phantom', out, '--train', 1, '--test', 2, '--size', 64, '--seed', 90001)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+    from cspine.bundle import random_bundle
+    return random_bundle(tmp_path_factory.mktemp('cli_bundle') / 'random')
+
+
+@pytest.fixture(scope='module')
+def study(data):
+    return sorted((data / 'test_images').iterdir())[0]
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_an_example(command):
+    done = cspine(*command.split(), '--help')
+    assert done.returncode == 0 and f'Example: cspine {command}' in done.stdout and not done.stderr
+
+
+def test_spelling_of_the_options():
+    """Scripts outside this repository call these."""
+    wanted = {'phantom': '--train --test --size --seed', 'inspect': '--png', 'bundle': '--out', 'predict': '--bundle',
+              'train segmentation': '--data --preset --out --fold --epochs --resume --weights',
+              'train classification': '--data --preset --segmentation --out --fold --epochs --resume --weights',
+              'submit': '--data --bundle --out', 'score': '--truth --submission', 'presets': ''}
+    assert set(wanted) == set(COMMANDS)
+    for command, options in wanted.items():
+        text = cspine(*command.split(), '--help').stdout
+        assert not [o for o in options.split() if not re.search(rf'^\s+{o}\b', text, re.M)], command
+
+
+def test_help_and_presets_load_no_torch():
+    code = ('import sys\nfrom cspine.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code\n'
+            'assert "torch" not in sys.modules')
+    for args in (['--help'], ['train', 'segmentation', '--help'], ['presets']):
+        done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_as_a_process():
+    """The installed script's entry point, for the shell's part: exit codes, the two streams."""
+    def shell(*args):
+        done = subprocess.run([sys.executable, '-c', 'from cspine.cli import main; main()', *args], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    assert shell('--version') == (0, f'cspine {__version__}\n', '')
+    line = 'score', '--truth', 'nowhere', '--submission', 'nowhere'
+    assert shell(*line) == (1, '', fails(1, *line))
+    assert shell('nonsense')[0] == 2
+
+
+@pytest.mark.parametrize('line', ['', 'nonsense', 'train', 'train detection', 'predict', 'phantom', 'bundle a', 'score --truth a.csv',
+                                  'phantom there --seed -1', 'phantom there --train many', 'submit --data d --colour red',
+                                  'train segmentation --data d --out o --fold first', 'train segmentation --data d --out o --fold -1'])
+def test_wrong_usage_is_2(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'Usage:' in fails(2, *line.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('line', ['inspect nowhere', 'predict nowhere --bundle nowhere', 'submit --data nowhere --bundle nowhere',
+                                  'score --truth nowhere --submission nowhere', 'bundle nowhere --out b',
+                                  'train segmentation --data nowhere --out r', 'train segmentation --data nowhere --preset huge --out r',
+                                  'train classification --data nowhere --segmentation nowhere --out r'])
+def test_anything_else_is_1_and_one_sentence(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = fails(1, *line.split())
+    assert len(said.splitlines()) == 1 and said.startswith('cspine: '), said
+    assert 'nowhere' in said or 'huge' in said, 'it does not say what is wrong'
+    assert 'CSPINE_DEBUG' not in said, f'an error that nobody worded: {said}'
+
+
+def test_unforeseen_errors_are_one_line_too(monkeypatch, capsys):
+    def broken(*args): raise KeyError('C9')
+    monkeypatch.setattr('cspine.presets.presets', broken)
+    with pytest.raises(SystemExit) as stop: cli.main(['presets'])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "cspine: KeyError: 'C9' (CSPINE_DEBUG=1 shows where)\n"
+    monkeypatch.setenv('CSPINE_DEBUG', '1')
+    with pytest.raises(KeyError): cli.main(['presets'])
+
+
+def test_train_passes_on_what_was_asked(monkeypatch):
+    import cspine.training
+    seen = []
+    for stage in ('segmentation', 'classification'):
+        def record(*args, _bind=inspect.signature(getattr(cspine.training, f'train_{stage}')).bind, **kw):
+            seen.append(_bind(*args, **kw).arguments)
+        monkeypatch.setattr(cspine.training, f'train_{stage}', record)
+    for line in ('segmentation --data d --preset paper --out r --fold all --epochs 3 --resume --weights w.pth',
+                 'classification --data d --preset tiny --segmentation s --out r --fold 2', 'segmentation --data d --out r'):
+        with pytest.raises(SystemExit) as stop: cli.main(['train', *line.split()])
+        assert not stop.value.code
+    d, r = Path('d'), Path('r')
+    assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth'),
+                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None),
+                    dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None)]
+
+
+@pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'),
+                                          ('training', 'train_classification'), ('bundle', 'bundle'), ('inference', 'predict'),
+                                          ('rsna', 'score'), ('presets', 'presets')])
+def test_the_library_has_the_same_names(module, name):
+    """What a command takes, the library's function of that name takes, but for the options that only write a page."""
+    ours = set(inspect.signature(getattr(cli, name)).parameters) - {'page'}
+    assert ours <= set(inspect.signature(getattr(importlib.import_module(f'cspine.{module}'), name)).parameters)
+
+
+def test_inspect(study, tmp_path):
+    done = cspine('inspect', study, '--png', tmp_path / 'study.png')
+    assert done.returncode == 0, done.stderr
+    assert study.name in done.stdout and (tmp_path / 'study.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_predict(study, bundle, tmp_path):
+    done = cspine('predict', study, '--bundle', bundle, '--page', tmp_path / 'study.html')
+    assert done.returncode == 0, done.stderr
+    p = dict(re.findall(r'^(C\d|patient_overall)\s+([\d.]+)$', done.stdout, re.M))
+    assert tuple(p) == TARGETS and all(0 < float(v) < 1 for v in p.values())
+    assert 'data:image/png' in (tmp_path / 'study.html').read_text(encoding='utf-8')
+    from_library = cli.predict(study, bundle=bundle).probabilities
+    assert [f'{v:.4f}' for v in from_library] == list(p.values())
+
+
+def test_submit_and_score(data, bundle, tmp_path):
+    csv, page, truth = tmp_path / 's.csv', tmp_path / 's.html', data / 'test_truth.csv'
+    done = cspine('submit', '--data', data, '--bundle', bundle, '--out', csv, '--page', page, '--truth', truth, '--pictures', 1)
+    assert done.returncode == 0, done.stderr
+    assert str(csv) in done.stdout and str(page) in done.stdout
+    rows, asked = pd.read_csv(csv), pd.read_csv(data / 'test.csv')
+    assert list(rows.row_id) == list(asked.row_id) and rows.fractured.between(0, 1).all()
+    done = cspine('score', '--truth', truth, '--submission', csv)
+    score, constant = (float(re.search(rf'^{what}\s+([\d.]+)$', done.stdout, re.M)[1]) for what in ('score', 'best constant'))
+    html = page.read_text(encoding='utf-8')
+    assert html.count('data:image/png') == 1 and f'{score:.4f}' in html and f'{constant:.4f}' in html
+    assert all(uid in html for uid in asked.StudyInstanceUID)
+    s = cli.score(truth, csv)
+    assert (round(s['score'], 4), round(s['best_constant'], 4)) == (score, constant)
+
+
+def test_page_of_a_submission_with_a_broken_study(data, bundle, tmp_path):
+    """A folder of study folders without a test.csv; the one that cannot be read is on the page, with the reason."""
+    folder = tmp_path / 'studies'
+    good = sorted((data / 'test_images').iterdir())[0]
+    folder.mkdir()
+    (folder / good.name).symlink_to(good)
+    (folder / '1.2.3').mkdir()
+    (folder / '1.2.3' / '1.dcm').write_text('not DICOM')
+    cli.submit(folder, bundle=bundle, out=tmp_path / 's.csv', page=tmp_path / 's.html')
+    assert len(pd.read_csv(tmp_path / 's.csv')) == 16
+    html = (tmp_path / 's.html').read_text(encoding='utf-8')
+    assert html.count('data:image/png') == 1 and html.count('<li>') >= 1 and '1.2.3' in html
