@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from cspine.bundle import random_bundle
+from cspine.phantom import phantom
 from cspine.presets import TARGETS
 from cspine.rsna import read_test
 
@@ -59,9 +61,12 @@ def test_there_is_no_network(offline):
     assert done.returncode != 0 and "Network is unreachable" in done.stderr
 
 
-def test_kernel_runs_offline(offline, tmp_path):
-    from cspine.phantom import phantom
-
+@pytest.mark.parametrize("attached", [False, True], ids=["demo bundle", "attached bundle"])
+def test_kernel_runs_offline(offline, tmp_path, attached):
+    bundle = tmp_path / "input" / "datasets" / "someone" / "cspine-bundle"
+    if attached:
+        bundle.parent.mkdir(parents=True)
+        random_bundle(bundle)
     data = tmp_path / "input" / "competitions" / COMPETITION
     phantom(data, train=0, test=2, size=128, seed=20221027, workers=1)
     # only what the platform's hidden set is sure to have
@@ -78,6 +83,8 @@ def test_kernel_runs_offline(offline, tmp_path):
     assert "prior" not in report["counts"], report["study"]
     ran = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     assert all(c["execution_count"] for c in ran) and len(ran) == len(sources())
+    printed = "".join("".join(o.get("text", "")) for c in ran for o in c["outputs"])
+    assert f"bundle: {bundle if attached else 'the demo bundle'}\n" in printed
 
 
 def test_kernel_without_inputs_says_what_to_attach(offline, tmp_path):

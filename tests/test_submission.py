@@ -16,10 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from cspine.bundle import random_bundle
 from cspine.dicom import write_series
+from cspine.phantom import phantom
 from cspine.presets import TARGETS, CspineError
 from cspine.rsna import PRIOR
 from cspine_submission import reading, submit
+from pydicom.data import get_testdata_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the reader processes as well
 fake_study = importlib.import_module("fake_study")
@@ -101,8 +104,8 @@ FAILURES = {
     "exit": ({"read": "exit"}, "died (exit code 3"),
     "error": ({"read": "error"}, "slice 3 is torn"),
     "memory in the reader": ({"read": "memory"}, "MemoryError"),
-    "slow reader": ({"seconds": 60}, "reading took more than 2 s"),
-    "slow network": ({"predict": "hang"}, "predicting took more than 2 s"),
+    "slow reader": ({"seconds": 60}, "reading took more than 5 s"),
+    "slow network": ({"predict": "hang"}, "predicting took more than 5 s"),
     "exception": ({"predict": "error"}, "RuntimeError: shapes do not match (fake_study.py:"),
     "SystemExit": ({"predict": "exit"}, "SystemExit: 1"),
     "memory": ({"predict": "memory"}, "MemoryError"),
@@ -112,8 +115,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("prior_of", ["bundle", "competition"])
-def test_what_fails_gets_the_prior_and_a_reason(tmp_path, fake_reader, bundle, prior_of):
+def test_what_fails_gets_the_prior_and_a_reason(tmp_path, fake_reader, bundle):
     data, uids = tmp_path / "data", [f"1.2.{i}" for i in range(1, len(FAILURES) + 1)]
     for uid, (what, _) in zip(uids, FAILURES.values()):
         if what is not None:
@@ -123,21 +125,19 @@ def test_what_fails_gets_the_prior_and_a_reason(tmp_path, fake_reader, bundle, p
         make(data / "test_images" / uid, hu=900, **what)
     make(data / "test_images/1.4", hu=640, predict="no spine")
     rows = write_test_csv(data, [*uids, *sound, "1.4"], shuffle=True)
-    pipeline = FakePipeline(bundle if prior_of == "bundle" else None)
-    report = submit(data, out=tmp_path / "s.csv", pipeline=pipeline, timeout=2, workers=2)
+    report = submit(data, out=tmp_path / "s.csv", pipeline=FakePipeline(bundle), timeout=5, workers=2)
     order, p = answers(tmp_path / "s.csv")
     assert order == rows
-    expected = dict.fromkeys(TARGETS, 0.25) if prior_of == "bundle" else PRIOR
     for uid, (name, (_, reason)) in zip(uids, FAILURES.items()):
         study = report["study"][uid]
         assert study["status"] == "prior" and reason in study["reason"], (name, study)
-        assert all(p[f"{uid}_{t}"] == pytest.approx(expected[t]) for t in TARGETS), name
+        assert all(p[f"{uid}_{t}"] == 0.25 for t in TARGETS), name  # the prior of the bundle
     for uid in sound:
         assert report["study"][uid]["status"] == "predicted" and p[f"{uid}_C1"] == pytest.approx(0.9)
     assert report["study"]["1.4"]["status"] == "no cervical spine"
     assert report["study"]["1.4"]["reason"] == "no bone of the neck's shape"
     assert report["counts"] == {"prior": len(FAILURES), "predicted": 2, "no cervical spine": 1}
-    assert report["seconds"] < 40
+    assert report["seconds"] < 55  # nobody waited for the 60 s of the two that hang
 
 
 def test_nothing_can_be_read_at_all(tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_the_time_for_the_whole_run(tmp_path, fake_reader):
     report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline(), workers=1, budget=2.5)
     done = [s["status"] for s in report["study"].values()]
     assert done[0] == "predicted" and done[-1] == "prior"
-    assert "were over" in report["study"]["1.3"]["reason"] and report["seconds"] < 6
+    assert "were over" in report["study"]["1.3"]["reason"]
 
 
 def test_volumes_are_read_ahead_but_not_all_at_once(tmp_path, fake_reader):
@@ -307,6 +307,28 @@ def test_empty_text_and_cut_off(tmp_path):
     reasons = [s["reason"] for u, s in report["study"].items() if u != "1.2.1"]
     assert report["counts"] == {"prior": 3, "predicted": 1} and len(set(reasons)) == 3 and all(reasons), report["study"]
     assert all(p[f"{u}_C7"] == pytest.approx(PRIOR["C7"]) for u in ("1.2.2", "1.2.3", "1.2.4"))
+
+
+def test_the_real_reader_and_pipeline(tmp_path, capsys):
+    """Phantoms, and a one-slice study of something else; weights at random."""
+    bundle = random_bundle(tmp_path / "bundle")
+    scans = phantom(tmp_path / "data", train=0, test=2, size=96, seed=31, workers=1) / "test_images"
+    (scans / "1.2.3").mkdir()
+    shutil.copy(get_testdata_file("CT_small.dcm"), scans / "1.2.3")
+    report = submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu", workers=1)
+    order, p = answers(tmp_path / "s.csv")
+    assert order == [f"{u}_{t}" for u in sorted(path.name for path in scans.iterdir()) for t in TARGETS]
+    assert report["counts"].get("prior", 0) == 0 and report["study"]["1.2.3"]["status"] == "no cervical spine"
+    assert report["study"]["1.2.3"]["slices"] == 1
+    capsys.readouterr()
+    again = submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu")
+    assert again["reused"] == 3 and answers(tmp_path / "s.csv")[1] == p
+    assert "reusing 3 of 3 studies" in capsys.readouterr().out
+    random_bundle(bundle, seed=1)
+    assert submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu")["reused"] == 0
+    with pytest.raises(CspineError):
+        submit(scans, bundle=tmp_path / "nowhere", out=tmp_path / "s2.csv")
+    assert not (tmp_path / "s2.csv").exists()
 
 
 @pytest.mark.parametrize("wrong, says", [

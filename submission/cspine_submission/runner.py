@@ -61,7 +61,7 @@ def submit(
     if workers is None:
         workers = min(4, (os.cpu_count() or 2) // 2)
     volumes = read_ahead([folders[uid] for uid in todo if uid in folders], max(1, workers), timeout)
-    predict, studies = Patient(), dict(known)
+    predict, studies = TimeLimit(), dict(known)
     try:
         for uid in progress(todo, "predicting", total=len(todo)):
             seconds = {}
@@ -101,7 +101,7 @@ def submit(
     return report
 
 
-class Patient:
+class TimeLimit:
     """Call a function in a thread, but wait only so long for it; a call that hangs is left behind."""
 
     def __init__(self):
