@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit', 'read_run', 'train_segmentation', 'crop_study', 'cache_crops', 'train_classification']
 
-# %% ../nbs/20_training.ipynb #c2dfded3
+# %% ../nbs/20_training.ipynb #59ed902a
 import contextlib,hashlib,io,json,os,platform,sys,time
 from dataclasses import replace
 from functools import partial
@@ -23,11 +23,10 @@ from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM
 from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,channels_last,
                                  fast_dtype,predict_labels,segmentation_loss)
 
-# %% ../nbs/20_training.ipynb #d8481611
-def _fastai():
-    try: import fastai.learner
+# %% ../nbs/20_training.ipynb #a43e02bb
+def _need_fastai():
+    try: import fastai.learner   # noqa: F401
     except ImportError as e: raise CspineError('training needs fastai: pip install "cspine[train]"') from e
-    return fastai
 
 class _Loader:
     "Batches in an order that only the seed and the epoch decide"
@@ -57,11 +56,10 @@ def _save(path, thing):
     torch.save(thing, part)
     os.replace(part, path)
 
-def _callback(fold, epochs, batch, ema_decay, clip, figures, device, checkpoints=2):
+def _callback(fold, epochs, ema_decay, clip, figures, device, checkpoints=2):
     "The fastai callback that keeps average, log and checkpoints"
-    from fastai.callback.core import Callback
+    from fastai.callback.core import Callback,CancelStepException
     from torch.amp import GradScaler,autocast
-    from fastai.callback.core import CancelStepException
     dtype = fast_dtype(device)
 
     class Keeper(Callback):
@@ -71,6 +69,7 @@ def _callback(fold, epochs, batch, ema_decay, clip, figures, device, checkpoints
 
         def before_epoch(self):
             for dl in (self.dls.train, self.dls.valid): dl.epoch = self.epoch
+            torch.manual_seed(1_000_003*self.dls.train.seed+self.epoch)   # dropout, too, goes on as if never cut off
             self.start,self.losses = time.monotonic(),dict(train=[], valid=[])
             if ema_decay and self.ema is None: self.ema = {k:v.detach().clone() for k,v in self.model.state_dict().items()}
 
@@ -79,10 +78,7 @@ def _callback(fold, epochs, batch, ema_decay, clip, figures, device, checkpoints
             self.cast.__enter__()
         def after_pred(self): self.cast.__exit__(None, None, None)   # the loss is computed in float32
         def after_loss(self):
-            loss = float(self.loss.detach())
-            if not np.isfinite(loss) and self.training:
-                raise CspineError(f'the loss became {loss} in epoch {self.epoch+1}, step {self.iter+1}; try a smaller learning rate')
-            self.losses['train' if self.training else 'valid'].append(loss)
+            self.losses['train' if self.training else 'valid'].append(float(self.loss.detach()))
             if not self.training and figures: figures.update(self.learn.pred, *self.learn.yb)
         def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
         def before_step(self):
@@ -142,7 +138,7 @@ def fit(
     groups=None,                 # model -> list of parameter lists, with `lr` a list of the same length
 ) -> pd.DataFrame:               # the log, a row per epoch
     "Train a model; its weights are then in fold/model.safetensors and, averaged, in `model`"
-    _fastai()
+    _need_fastai()
     from fastai.callback.core import TrainEvalCallback
     from fastai.callback.schedule import ParamScheduler,SchedCos,combine_scheds
     from fastai.data.core import DataLoaders
@@ -156,8 +152,13 @@ def fit(
     loaders = [_Loader(ds, b, t, seed, epochs, device) for ds,b,t in ((train_ds,batch,True),(valid_ds,valid_batch or batch,False))]
     dls = DataLoaders(*loaders)
     dls.device,dls.n_inp = device,inputs
-    keeper = _callback(fold, epochs, batch, ema, clip, figures, device)
-    learn = Learner(dls, model, loss_func=loss, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr, wd=weight_decay,
+    keeper = _callback(fold, epochs, ema, clip, figures, device)
+    def finite(pred, *true):   # here and not in the callback: fastai would wrap its message
+        out = loss(pred, *true)
+        if not torch.isfinite(out.detach()):
+            raise CspineError(f'the loss became {float(out.detach())} in epoch {learn.epoch+1} of {fold}; try a smaller learning rate')
+        return out
+    learn = Learner(dls, model, loss_func=finite, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=lr, wd=weight_decay,
                     wd_bn_bias=True, train_bn=False, default_cbs=False, cbs=[TrainEvalCallback(),keeper], path=fold,
                     **(dict(splitter=groups) if groups else {}))
     learn.create_opt()
@@ -182,7 +183,7 @@ def fit(
     os.replace(fold/'model.part', fold/'model.safetensors')
     return pd.DataFrame(keeper.rows)
 
-# %% ../nbs/20_training.ipynb #81aeac20
+# %% ../nbs/20_training.ipynb #de534913
 def _versions():
     import importlib.metadata as md
     names = ('cspine','torch','fastai','numpy')
@@ -202,17 +203,21 @@ def read_run(
 ) -> dict:      # run.json, with `preset` as a Preset
     "What a run folder holds"
     path = Path(run)/'run.json'
-    if not path.exists(): raise CspineError(f'{run} is no run folder: it has no run.json (a run has one when its first fold is trained)')
+    if not path.exists(): raise CspineError(f'{run} is no run folder: it has no run.json (`cspine train` makes run folders)')
     d = json.loads(path.read_text())
     return {**d, 'preset':Preset.from_dict(d['preset'])}
 
 def _start_run(out, kind, preset, table, resume, known=None):
     "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own"
-    out = Path(out)
-    if (out/'run.json').exists() and resume:
+    out,path = Path(out),Path(out)/'run.json'
+    d = dict(kind=kind, preset=preset.to_dict(), folds=[], seed=preset.seed, figures={})
+    if path.exists():
         old = read_run(out)
         if old['kind'] != kind: raise CspineError(f'{out} is a run of {old["kind"]}, not of {kind}; choose another folder')
-        if old['preset'] != preset: raise CspineError(f'{out} was begun with another preset or number of epochs; resume it with those')
+        same = all(getattr(old['preset'], f) == getattr(preset, f) for f in (kind,'folds','seed'))
+        if resume and not same:
+            raise CspineError(f'{out} was begun with another preset or number of epochs; resume it with those, or choose another folder')
+        if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
     out.mkdir(parents=True, exist_ok=True)
     fold_of = known[known.index.isin(table.index)] if known is not None else pd.Series(dtype=int)
     if len(new := table[~table.index.isin(fold_of.index)]):
@@ -220,14 +225,13 @@ def _start_run(out, kind, preset, table, resume, known=None):
         dealt = pd.Series(range(len(new)), new.index) % preset.folds if few else folds(new, preset.folds, preset.seed)
         fold_of = pd.concat([fold_of, dealt]) if len(fold_of) else dealt
     write_folds(fold_of, out/'folds.csv')
+    _write_json(path, d)
     return out,fold_of
 
-def _finish_fold(out, kind, preset, k, log, data):
+def _finish_fold(out, k, log, data):
     "Add a fold's figures to run.json"
     path = out/'run.json'
-    d = json.loads(path.read_text()) if path.exists() else dict(kind=kind, preset=preset.to_dict(), folds=[], seed=preset.seed, figures={})
-    if d['kind'] != kind or Preset.from_dict(d['preset']) != preset:
-        d = dict(kind=kind, preset=preset.to_dict(), folds=[], seed=preset.seed, figures={})
+    d = json.loads(path.read_text())
     d['folds'] = sorted({*d['folds'], k})
     last = {c:(None if pd.isna(v) else v) for c,v in log.iloc[-1].to_dict().items()}
     d['figures'][f'fold{k}'] = dict(studies=data, last=last, minutes=round(float(log.seconds.sum())/60, 1))
@@ -239,7 +243,7 @@ def _which(fold, n):
     if str(fold).isdigit() and int(fold) < n: return [int(fold)]
     raise CspineError(f'fold must be all or a number from 0 to {n-1}, got {fold!r}')
 
-# %% ../nbs/20_training.ipynb #b80b5b5d
+# %% ../nbs/20_training.ipynb #1c1d919f
 def train_segmentation(
     data:str,                   # folder in the competition's layout, with segmentations/
     preset='tiny',              # name, or a Preset
@@ -253,6 +257,7 @@ def train_segmentation(
     preset,data = get_preset(preset),Path(data)
     if epochs: preset = replace(preset, segmentation=replace(preset.segmentation, epochs=int(epochs)))
     seg = preset.segmentation
+    if weights and seg.model == 'unet3d': raise CspineError(f'preset {preset.name} has a 3D network in stage 1, which no encoder weights fit; leave out --weights')
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)
     masked = [u for u in table.index if (data/'segmentations'/f'{u}.nii').exists()]
@@ -265,15 +270,15 @@ def train_segmentation(
         kind = CubeDataset if seg.model == 'unet3d' else SliceDataset
         torch.manual_seed(preset.seed+k)
         model = build_segmentation(seg)
-        if seg.model == 'unet2d' and seg.pretrained:
+        if seg.pretrained and not (resume and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt'))):
             load_encoder_weights(model.encoder, seg.encoder, weights, print)
         log = fit(model, segmentation_loss(seg), kind([paths[u] for u in train], seg, True, preset.seed+k),
                   kind([paths[u] for u in valid], seg, False), out/f'fold{k}', seg.epochs, seg.batch, seg.lr, seg.weight_decay,
                   seg.ema, preset.seed+k, SegmentationFigures(), resume=resume, valid_batch=1 if seg.model == 'unet3d' else None)
-        _finish_fold(out, 'segmentation', preset, k, log, dict(train=len(train), valid=len(valid)))
+        _finish_fold(out, k, log, dict(train=len(train), valid=len(valid)))
     return out
 
-# %% ../nbs/20_training.ipynb #79001ccf
+# %% ../nbs/20_training.ipynb #def61211
 def _load_segmentation(run, k):
     "The stage-1 network of a fold"
     from safetensors.torch import load_file
@@ -339,7 +344,7 @@ def cache_crops(
 
 def _crop_job(uid, *args): return uid,crop_study(*args)
 
-# %% ../nbs/20_training.ipynb #5256ac80
+# %% ../nbs/20_training.ipynb #7fcbacaa
 def train_classification(
     data:str,                     # folder in the competition's layout
     preset='tiny',                # name, or a Preset
@@ -349,6 +354,7 @@ def train_classification(
     epochs:int|None=None,         # another number than the preset's
     resume:bool=False,            # go on from the newest checkpoint
     weights:str|None=None,        # encoder weights: 'timm', 'none', a file or a folder; None: what is installed
+    workers:int=2,                # processes that make the crops
 ) -> Path:                        # the run folder
     "Train stage 2 on the crops that stage 1 finds, split as stage 1 was"
     preset,data,seg_run = get_preset(preset),Path(data),read_run(segmentation)
@@ -360,7 +366,7 @@ def train_classification(
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)
     out,fold_of = _start_run(out, 'classification', preset, table, resume, read_folds(Path(segmentation)/'folds.csv'))
-    paths = cache_crops(data, fold_of, segmentation, out/'cache', preset)
+    paths = cache_crops(data, fold_of, segmentation, out/'cache', preset, workers)
     for k in which:
         train,valid = [[u for u in paths if (fold_of[u]==k) == v] for v in (False,True)]
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with crops to train on and {len(valid)} to validate; more studies or fewer folds are needed')
@@ -372,7 +378,7 @@ def train_classification(
                 for us,t in ((train,True),(valid,False))]
         log = fit(model, CompetitionLoss(cls.mask_loss), *sets, out/f'fold{k}', cls.epochs, cls.batch, cls.lr, cls.weight_decay, cls.ema,
                   preset.seed+k, ClassificationFigures(), inputs=2, resume=resume)
-        _finish_fold(out, 'classification', preset, k, log, dict(train=len(train), valid=len(valid)))
+        _finish_fold(out, k, log, dict(train=len(train), valid=len(valid)))
         _write_oof(out, k, model, cls, fold_of, paths)
     return out
 

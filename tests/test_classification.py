@@ -1,0 +1,242 @@
+"Stage 2: the paper's size, learning, and a whole training run with its folds, its cache and its second start."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
+
+import cspine.training as training
+from cspine.classification import CompetitionLoss, CrackNetBiLSTM, CropDataset, predict_probabilities
+from cspine.dicom import write_series
+from cspine.presets import TARGETS, CspineError, get_preset
+from cspine.rsna import PRIOR, folds, read_folds, read_train, write_folds
+from cspine.segmentation import build_segmentation
+
+TINY = get_preset('tiny')
+SMALL = replace(TINY, folds=2,
+                segmentation=replace(TINY.segmentation, widths=(4, 8), spacing=4., patch=16),
+                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), size=32,
+                                       hidden=16, epochs=3, batch=2, margin_mm=2.))
+
+
+def test_paper_at_full_size():
+    "One step of training and one prediction, 30 x 256 x 256, ResNet-101 and all"
+    preset = get_preset('paper').classification
+    assert (preset.encoder, preset.slices, preset.size, preset.layers, preset.classes) == ('resnet101', 30, 256, 2, 7)
+    torch.manual_seed(0)
+    model = CrackNetBiLSTM(preset).train()
+    assert 50e6 < sum(p.numel() for p in model.parameters()) < 70e6
+    opt = torch.optim.AdamW(model.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
+    crops = torch.randint(0, 256, (1, 7, 30, 256, 256), dtype=torch.uint8)
+    present = torch.ones(1, 7, dtype=torch.bool)
+    pred = model(crops, present)
+    assert pred[0].shape == (1, 8) and pred[1].shape == (1, 7, 256, 256)
+    loss = CompetitionLoss(preset.mask_loss)(pred, torch.tensor([[0, 1, 0, 0, 0, 0, 0, 1.]]), present, (crops[:, :, 0] > 127).byte()*255)
+    loss.backward()
+    lost = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not lost   # every weight learns: encoder, decoder, map, LSTM
+    before = model.lstm.weight_ih_l0.detach().clone()
+    opt.step()
+    assert (model.lstm.weight_ih_l0 != before).any()
+    p = predict_probabilities([model], preset, crops[0].numpy(), np.ones(7, bool))
+    assert p.shape == (8,) and (p > 0).all() and (p < 1).all()
+    assert p[7] >= p[:7].max() - 1e-9   # noisy or
+
+
+def test_tiny_fits_the_demo_bundle():
+    n = sum(v.numel() for v in CrackNetBiLSTM(TINY.classification).state_dict().values())
+    assert 2*n < 11e6   # bytes as float16; 20 MB, less 8 MB for stage 1
+
+
+def broken_necks(n, size=32, seed=0):
+    "Crops of bright squares, and which of them have a dark gap; the square's place differs from level to level"
+    rng = np.random.default_rng(seed)
+    crops = rng.integers(20, 60, (n, 7, 30, size, size)).astype(np.uint8)
+    truth = rng.random((n, 7)) < .3
+    masks = np.zeros((n, 7, size, size), np.uint8)
+    for i, level in np.ndindex(n, 7):
+        y, x = rng.integers(4, 10, 2)
+        crops[i, level, :, y:y+16, x:x+16] = 200
+        masks[i, level, y:y+16, x:x+16] = 255
+        if truth[i, level]: crops[i, level, 5:25, y+7:y+9, x:x+16] = 40
+    return crops, masks, np.concatenate([truth, truth.any(1, keepdims=True)], 1)
+
+
+def test_it_learns_which_vertebra_is_broken():
+    torch.manual_seed(0)
+    preset = replace(SMALL.classification, dropout=0.)
+    crops, masks, truth = broken_necks(32)
+    model, loss = CrackNetBiLSTM(preset), CompetitionLoss(.2)
+    opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    x, m, y = torch.from_numpy(crops), torch.from_numpy(masks), torch.from_numpy(truth).float()
+    there = torch.ones(32, 7, dtype=torch.bool)
+    for epoch in range(10):
+        for i in torch.randperm(32).split(8):
+            opt.zero_grad()
+            loss(model(x[i], there[i]), y[i], there[i], m[i]).backward()
+            opt.step()
+    new, masks, truth = broken_necks(12, seed=1)
+    model.eval()
+    p = np.array([predict_probabilities([model], preset, c, np.ones(7, bool)) for c in new])
+    assert roc_auc_score(truth[:, :7].ravel(), p[:, :7].ravel()) > .9
+    with torch.no_grad(): own = model(torch.from_numpy(new), torch.ones(12, 7, dtype=torch.bool))[1]
+    assert ((own > 0) == (torch.from_numpy(masks) > 127)).float().mean() > .85   # the map has found the bone
+    assert 2*((own > 0) & (torch.from_numpy(masks) > 127)).sum() / ((own > 0).sum() + (masks > 127).sum()) > .7
+
+
+# --- a run from DICOM to oof.csv -------------------------------------------------------------------------------------
+
+UIDS = [f'1.2.3.{i}' for i in range(10)]
+BLANK = UIDS[4]    # stage 1 finds nothing
+NOT_CT = UIDS[7]   # its folder holds a text
+
+
+def label_map():
+    labels = np.zeros((70, 40, 44), np.uint8)
+    for level in range(7): labels[6+9*level:13+9*level, 12:28, 14:30] = level+1
+    return labels
+
+
+def finds(models, preset, volume, device='cpu'):
+    "Stands in for stage 1, which these small necks cannot train: the truth, and for one study nothing"
+    assert len(models) == 1 and preset == SMALL.segmentation
+    return label_map() if volume.uid != BLANK else np.zeros(volume.hu.shape, np.uint8)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    rng, rows = np.random.default_rng(0), []
+    affine = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1.]])
+    for i, uid in enumerate(UIDS):
+        broken = np.zeros(7, int)
+        if i % 2: broken[rng.integers(7)] = 1
+        hu = np.where(label_map() > 0, 600, 30) + rng.normal(0, 30, label_map().shape)
+        for level in np.flatnonzero(broken): hu[6+9*level:13+9*level, 19:21, 14:30] = 0
+        if uid == NOT_CT: (folder/'train_images'/uid).mkdir(parents=True); (folder/'train_images'/uid/'1.dcm').write_text('not a scan')
+        else: write_series(hu.astype(np.int16), affine, folder/'train_images'/uid, uid=uid)
+        rows.append([uid, broken.any().astype(int), *broken])
+    pd.DataFrame(rows, columns=['StudyInstanceUID', 'patient_overall', *TARGETS[:7]]).to_csv(folder/'train.csv', index=False)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def seg_run(tmp_path_factory, data):
+    run = tmp_path_factory.mktemp('seg')/'run'
+    for k in range(2):
+        (run/f'fold{k}').mkdir(parents=True)
+        torch.manual_seed(k)
+        save_file(build_segmentation(SMALL.segmentation).state_dict(), run/f'fold{k}'/'model.safetensors')
+    write_folds(folds(read_train(data/'train.csv'), 2, 0), run/'folds.csv')
+    (run/'run.json').write_text(json.dumps(dict(kind='segmentation', preset=SMALL.to_dict(), folds=[0, 1], seed=0, figures={})))
+    return run
+
+
+@pytest.fixture(autouse=True)
+def stage_1(monkeypatch):
+    monkeypatch.setattr(training, 'predict_labels', finds)
+
+
+def train(data, seg_run, out, **kw):
+    return training.train_classification(data, replace(SMALL, folds=5), seg_run, out, workers=1, **kw)
+
+
+def test_a_run(data, seg_run, tmp_path, capsys):
+    run = train(data, seg_run, tmp_path/'run', fold='all')
+    said = capsys.readouterr().err
+    assert f'{BLANK}: stage 1 finds no vertebra' in said and f'left out: {NOT_CT}' in said and said.count('left out') == 2
+    d = training.read_run(run)
+    assert d['kind'] == 'classification' and d['folds'] == [0, 1]
+    assert d['preset'].folds == 2 and d['preset'].classification == SMALL.classification   # folds are the segmentation run's
+    assert read_folds(run/'folds.csv').equals(read_folds(seg_run/'folds.csv'))
+    for k in range(2):
+        log = pd.read_csv(run/f'fold{k}'/'log.csv')
+        assert log.epoch.tolist() == [1, 2, 3] and log[['metric', 'best_constant', 'valid_loss']].notna().all().all()
+    oof = pd.read_csv(run/'oof.csv').set_index('StudyInstanceUID')
+    assert sorted(oof.index) == UIDS and (oof.fold == read_folds(run/'folds.csv')[oof.index]).all()
+    for uid in (BLANK, NOT_CT): np.testing.assert_allclose(oof.loc[uid, list(TARGETS)].astype(float), PRIOR[list(TARGETS)])
+    # each answer is that of the model which has not seen the study
+    for uid in (UIDS[0], UIDS[1]):
+        k = oof.fold[uid]
+        model = CrackNetBiLSTM(SMALL.classification)
+        model.load_state_dict(load_file(run/f'fold{k}'/'model.safetensors'))
+        with np.load(next((run/'cache').glob(f'{uid}_*.npz'))) as f: crops, present = f['crops'], f['present']
+        np.testing.assert_allclose(oof.loc[uid, list(TARGETS)].astype(float), predict_probabilities([model], SMALL.classification, crops, present), atol=1e-5)
+    # a second run of one fold finds the crops, keeps the other fold's answers
+    before = {p: p.stat().st_mtime_ns for p in (run/'cache').glob('*.npz')}
+    train(data, seg_run, run, fold=1, resume=True)
+    assert {p: p.stat().st_mtime_ns for p in (run/'cache').glob('*.npz')} == before
+    again = pd.read_csv(run/'oof.csv').set_index('StudyInstanceUID')
+    pd.testing.assert_frame_equal(again.sort_index(), oof.sort_index())
+
+
+def test_a_study_is_labelled_by_the_model_that_has_not_seen_it(data, seg_run, tmp_path, monkeypatch):
+    used = {}
+    nets = {k: load_file(seg_run/f'fold{k}'/'model.safetensors') for k in range(2)}
+    def which(models, preset, volume, device='cpu'):
+        sd = models[0].state_dict()
+        used[volume.uid] = [k for k in nets if all(torch.equal(sd[n], nets[k][n]) for n in sd)]
+        return finds(models, preset, volume)
+    monkeypatch.setattr(training, 'predict_labels', which)
+    monkeypatch.setattr(training, '_networks', {})
+    fold_of = read_folds(seg_run/'folds.csv')
+    preset = replace(SMALL)
+    paths = training.cache_crops(data, fold_of, seg_run, tmp_path, preset, workers=1)
+    assert used == {u: [fold_of[u]] for u in UIDS if u != NOT_CT}
+    assert set(paths) == set(UIDS) - {BLANK, NOT_CT}
+    # another margin needs other crops
+    wider = replace(preset, classification=replace(preset.classification, margin_mm=6.))
+    assert not set(training.cache_crops(data, fold_of, seg_run, tmp_path, wider, workers=1).values()) & set(paths.values())
+
+
+def test_killed_and_resumed_is_as_if_never_killed(data, seg_run, tmp_path, monkeypatch):
+    whole = train(data, seg_run, tmp_path/'whole')
+    calls = []
+    class Dies(training.ClassificationFigures):
+        def figures(self):
+            calls.append(1)
+            if len(calls) == 3: raise KeyboardInterrupt
+            return super().figures()
+    monkeypatch.setattr(training, 'ClassificationFigures', Dies)
+    with pytest.raises(KeyboardInterrupt): train(data, seg_run, tmp_path/'cut')
+    assert not (tmp_path/'cut'/'fold0'/'model.safetensors').exists()
+    train(data, seg_run, tmp_path/'cut', resume=True)
+    assert len(calls) == 4   # one epoch, not three
+    a, b = (load_file(p/'fold0'/'model.safetensors') for p in (whole, tmp_path/'cut'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_studies_that_stage_1_does_not_know(data, seg_run, tmp_path):
+    "Stage 2 may have more studies than stage 1: known ones keep their fold, new ones are dealt"
+    known = read_folds(seg_run/'folds.csv').iloc[:6]
+    _, fold_of = training._start_run(tmp_path/'a', 'classification', SMALL, read_train(data/'train.csv'), False, known)
+    assert (fold_of[known.index] == known).all() and sorted(fold_of.index) == UIDS and set(fold_of) == {0, 1}
+    stranger = known.rename(lambda u: u + '.9')
+    _, fold_of = training._start_run(tmp_path/'b', 'classification', SMALL, read_train(data/'train.csv'), False, stranger)
+    assert fold_of.equals(folds(read_train(data/'train.csv'), 2, 0))
+
+
+def test_refusals(data, seg_run, tmp_path):
+    with pytest.raises(CspineError, match='no run folder'): train(data, tmp_path/'none', tmp_path/'x')
+    other = tmp_path/'cls'
+    other.mkdir()
+    (other/'run.json').write_text((seg_run/'run.json').read_text().replace('"segmentation", "preset"', '"classification", "preset"'))
+    with pytest.raises(CspineError, match='needs one of segmentation'): train(data, other, tmp_path/'x')
+    with pytest.raises(CspineError, match='fold must be'): train(data, seg_run, tmp_path/'x', fold=7)
+
+
+def test_slices_of_a_vertebra_share_one_transform(tmp_path):
+    "A bone that is the same on every slice is so after augmentation too, in both pipelines"
+    crops, masks, truth = broken_necks(1)
+    crops[0] = crops[0, :, :1]
+    np.savez(tmp_path/'a.npz', crops=crops[0], masks=masks[0], present=np.ones(7, bool))
+    for name in ('light', 'paper'):
+        ds = CropDataset([tmp_path/'a.npz'], truth.astype(int), replace(SMALL.classification, augment=name))
+        for ds.epoch in range(4):
+            out = ds[0][0].float()
+            spread = (out - out.mean(1, keepdim=True)).abs()
+            assert spread.median() <= 8   # noise apart, which the paper's pipeline adds slice by slice
