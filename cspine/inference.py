@@ -86,6 +86,7 @@ class Pipeline:
                 crops,present = crop_vertebrae(volume, boxes, cls)
             with _timed(sec, 'probabilities'):
                 p = predict_probabilities(b.classification, cls, crops, present, device=self.device, prior=b.prior)
+                p = np.where([*present,True], p*b.odds/(1-p+p*b.odds), p)   # at the competition's prevalence
                 p,said = _checked(p, present, b.prior)
             notes += said
         else: notes.append(f'no cervical spine: {reason}; the prior stands in for every answer')

@@ -215,6 +215,7 @@ def cut(folder):
     (with_prior(C1='0.5'), 'prior'),
     (with_prior(C1=float('nan')), 'prior'),
     (with_prior(C8=.1), 'prior'),
+    (reset(odds=None), 'odds'),
     (reset(stages={}), 'names no files'),
     (reset(stages=dict(segmentation=[], classification=[])), 'names no files'),
     (lambda f: edit(f, lambda d: d['stages'].update(segmentation=['a.safetensors'])), 'not a plain'),

@@ -126,3 +126,26 @@ def test_a_folder_of_dicom_files(study, tmp_path, bundle):
     assert p.uid == '1.2.3' and 'read' in p.seconds and p.labels.shape == small.shape
     with pytest.raises(CspineError):
         predict(tmp_path/'nowhere', bundle)
+
+
+def test_odds_of_the_bundle_move_the_answer(tmp_path):
+    """A bundle trained where fractures are too common says so in `odds`; the answers are brought back by that factor."""
+    import dataclasses
+
+    import numpy as np
+
+    from cspine.bundle import load_bundle, random_bundle
+    from cspine.dicom import Volume
+    from cspine.inference import Pipeline
+
+    bundle = load_bundle(random_bundle(tmp_path / 'bundle'))
+    volume = Volume(np.zeros((70, 64, 64), np.int16), np.diag([-2., 2., 2., 1.]), '1.2.3', [])
+    labels = np.zeros(volume.shape, np.uint8)
+    for level in range(1, 7):                                       # C7 is not in the scan
+        labels[10 * level:10 * level + 8, 20:40, 20:40] = level
+    plain = Pipeline(bundle).predict(volume, labels)
+    moved = Pipeline(dataclasses.replace(bundle, odds=bundle.odds * .25)).predict(volume, labels)
+    assert plain.cervical_spine and not plain.present[6]
+    odds = {n: p.probabilities / (1 - p.probabilities) for n, p in dict(plain=plain, moved=moved).items()}
+    assert np.allclose((odds['moved'] / odds['plain']).drop('C7'), .25)
+    assert np.isclose(moved.probabilities['C7'], plain.probabilities['C7'])     # the prior stays the prior
