@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['AIR', 'segmentation_augment', 'classification_augment', 'cut_cube', 'bend_hu', 'end_scan']
 
-# %% ../nbs/05_augment.ipynb #94a79ce6
+# %% ../nbs/05_augment.ipynb #eecb7be3
 import math
 import numpy as np
 import torch
 import torch.nn.functional as F
 from .presets import CspineError,SegmentationPreset,ClassificationPreset,get_preset
 
-# %% ../nbs/05_augment.ipynb #45155d7c
+# %% ../nbs/05_augment.ipynb #c4332984
 def _albumentations():
     import os
     os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')   # it would ask the network for a newer version
@@ -51,7 +51,7 @@ def classification_augment(
         A.Sharpen(p=0.5),
     ])
 
-# %% ../nbs/05_augment.ipynb #5593bbd9
+# %% ../nbs/05_augment.ipynb #22e249f2
 AIR = -1024   # HU
 
 def _rotation(angles):
@@ -143,7 +143,7 @@ def end_scan(
         share[(slice(None),)+sl] = 0
         share[(0,)+sl] = 1
     n = len(hu)
-    if rng.random() < 0.35:
+    if rng.random() < 0.25:
         k = int(n*rng.uniform(0.05, 0.65))
         off((slice(0, k),) if rng.random() < 0.5 else (slice(n-k, n),))
     if rng.random() < 0.15:

@@ -6,20 +6,20 @@
 __all__ = ['LEVELS', 'TARGETS', 'CLASSES', 'PRESETS', 'CspineError', 'progress', 'SegmentationPreset', 'ClassificationPreset',
            'Preset', 'get_preset', 'presets']
 
-# %% ../nbs/00_presets.ipynb #ca564d02
+# %% ../nbs/00_presets.ipynb #babf8b0d
 import sys,time
 from dataclasses import dataclass,asdict,fields
 
-# %% ../nbs/00_presets.ipynb #7dad9696
+# %% ../nbs/00_presets.ipynb #3fccd32a
 LEVELS = ('C1','C2','C3','C4','C5','C6','C7')
 TARGETS = LEVELS + ('patient_overall',)
 CLASSES = ('background',) + LEVELS + ('T',)
 
-# %% ../nbs/00_presets.ipynb #996b65b4
+# %% ../nbs/00_presets.ipynb #72aa08e7
 class CspineError(Exception):
     "What went wrong, where, and what to do: one sentence that a user can act on"
 
-# %% ../nbs/00_presets.ipynb #d31b787c
+# %% ../nbs/00_presets.ipynb #29734bc9
 def _watched(stream):
     "Is there a terminal or a notebook at the other end?"
     return type(stream).__module__.startswith('ipykernel') or getattr(stream, 'isatty', lambda: False)()
@@ -50,7 +50,7 @@ def progress(
     t = time.monotonic() - start
     if t > after: print(f'{desc}: {n} done in {_clock(t)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/00_presets.ipynb #377d9363
+# %% ../nbs/00_presets.ipynb #21d36590
 @dataclass(frozen=True)
 class SegmentationPreset:
     "Stage 1: from HU to a label map of nine classes"
@@ -119,7 +119,7 @@ class Preset:
         d['classification'] = ClassificationPreset(**_checked(ClassificationPreset, d['classification'], 'classification'))
         return cls(**d)
 
-# %% ../nbs/00_presets.ipynb #9c0f135c
+# %% ../nbs/00_presets.ipynb #7141ae42
 _CHOICES = dict(model=('unet2d','unet3d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice'),
                 augment=('paper','neck3d','light','none'), patient=('noisy_or','head'))
 
@@ -148,7 +148,7 @@ def _checked(cls, d, where):
         out[k] = v
     return out
 
-# %% ../nbs/00_presets.ipynb #1f211742
+# %% ../nbs/00_presets.ipynb #f547f6b1
 PRESETS = dict(
     paper=Preset('paper',
         SegmentationPreset(model='unet2d', encoder='efficientnet-b5', pretrained=True, in_channels=3, classes=9,

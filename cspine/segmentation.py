@@ -8,7 +8,7 @@ __all__ = ['SPECK_MM3', 'grid_shape', 'to_grid', 'soft_targets', 'labels_from_gr
            'segmentation_metrics', 'cache_study', 'cache_studies', 'CubeDataset', 'SliceDataset', 'SegmentationFigures',
            'fast_dtype', 'fast', 'channels_last', 'predict_labels', 'clean_labels', 'has_cervical_spine']
 
-# %% ../nbs/10_segmentation.ipynb #24c7d982
+# %% ../nbs/10_segmentation.ipynb #b0b88ab6
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
@@ -22,7 +22,7 @@ from .augment import AIR,bend_hu,cut_cube,end_scan,segmentation_augment
 from .dicom import read_series
 from .rsna import find_studies,read_mask
 
-# %% ../nbs/10_segmentation.ipynb #e6601dfb
+# %% ../nbs/10_segmentation.ipynb #8ee9d95b
 def _axis_weights(n, m):
     "(m, n) float32: rows turn n samples into m over the same length; area average going down, linear going up"
     if m <= n:
@@ -121,14 +121,14 @@ def labels_from_grid(
         out[z0:z1, lo[1]:hi[1], lo[2]:hi[2]] = which.cpu().numpy()
     return out
 
-# %% ../nbs/10_segmentation.ipynb #622f05a4
+# %% ../nbs/10_segmentation.ipynb #d3e9c567
 def network_input(
     hu:torch.Tensor,   # (..., z, y, x) HU
 ) -> torch.Tensor:     # (..., 3, z, y, x) float32 0..1
     "The paper's three windows as channels"
     return three_windows(hu).movedim(-3, -4)
 
-# %% ../nbs/10_segmentation.ipynb #42a45ad2
+# %% ../nbs/10_segmentation.ipynb #13c4a50b
 class _Norm(nn.InstanceNorm3d):
     # faster than GroupNorm in training on a CPU: 0.73 s a step of 80^3 against 1.28 s
     def __init__(self, ch): super().__init__(ch, affine=True)
@@ -148,6 +148,8 @@ class UNet3d(nn.Module):
         self.up = nn.ModuleList([nn.ConvTranspose3d(lo, hi, 2, 2) for hi,lo in zip(widths, widths[1:])])
         self.join = nn.ModuleList([nn.Sequential(_conv(2*w, w), _conv(w, w)) for w in widths[:-1]])
         self.head = nn.Conv3d(widths[0], classes, 1)
+        nn.init.zeros_(self.head.bias)
+        self.head.bias.data[0] = 5   # start from "98 % is background", not from nine equal classes
         self.multiple = 2**(len(widths)-1)   # sides of the input must be multiples of this
 
     def forward(self, x):   # (B, in_channels, z, y, x) -> (B, classes, z, y, x) logits
@@ -164,9 +166,9 @@ def build_segmentation(
     import segmentation_models_pytorch as smp
     return smp.Unet(preset.encoder, encoder_weights=None, in_channels=preset.in_channels, classes=preset.classes)
 
-# %% ../nbs/10_segmentation.ipynb #ea207e56
+# %% ../nbs/10_segmentation.ipynb #9569050c
 class CrossEntropyDice(nn.Module):
-    "Softmax cross-entropy + (1 - Dice) over bone classes, with shares as targets"
+    "Softmax cross-entropy + (1 - Dice) over bone classes, with shares as targets, + cross-entropy of the level given bone"
     def forward(self,
         logits,   # (B, 9, z, y, x)
         share,    # (B, 9, z, y, x) float, sums to 1 over classes
@@ -176,7 +178,9 @@ class CrossEntropyDice(nn.Module):
         t = share[:,1:]
         dice = 2*(p*t).sum(axes) / (p.square().sum(axes) + t.square().sum(axes) + 1e-6)
         there = (t.sum(axes) > 1).float()
-        return -(share*logp).sum(1).mean() + 1 - ((dice*there).sum()+1e-6) / (there.sum()+1e-6)
+        # bone is 1-2 % of the voxels: without a term of its own "which level" drowns in "bone or not"
+        level = -(t*logits.float()[:,1:].log_softmax(1)).sum() / (t.sum()+1)
+        return -(share*logp).sum(1).mean() + level + 1 - ((dice*there).sum()+1e-6) / (there.sum()+1e-6)
 
 class BCEJaccard(nn.Module):
     "BCE with logits + Jaccard loss over nine multi-label maps, as the paper trains"
@@ -196,7 +200,7 @@ def segmentation_loss(preset:SegmentationPreset) -> nn.Module:
     "The loss of a preset"
     return CrossEntropyDice() if preset.loss == 'ce_dice' else BCEJaccard()
 
-# %% ../nbs/10_segmentation.ipynb #64a41e11
+# %% ../nbs/10_segmentation.ipynb #74c55325
 def dice_per_class(
     labels:np.ndarray,   # (z, y, x) uint8 label map
     truth:np.ndarray,    # the same, true
@@ -224,10 +228,19 @@ def segmentation_metrics(
     return dict(dice=there(d[1:]), dice_with_background=there(d), accuracy=float(np.trace(counts)/n),
                 accuracy_all_background=float(counts[0].sum()/n), **{f'dice_{c}':float(v) for c,v in zip(CLASSES, d)})
 
-# %% ../nbs/10_segmentation.ipynb #953e7025
+# %% ../nbs/10_segmentation.ipynb #4dfb8bc1
 def _cached(folder, uid, preset):
     key = f'{preset.spacing:g}mm' if preset.model == 'unet3d' else f'{preset.size}px'
     return Path(folder)/f'{uid}.{key}.npz'
+
+def _source(study, mask):
+    "What the arrays were made from; another data set may have the same uids"
+    stat = mask.stat()
+    return f'{study.resolve()} {stat.st_size} {stat.st_mtime_ns}'
+
+def _is_cached(path, source):
+    if not path.exists(): return False
+    with np.load(path) as f: return 'source' in f and str(f['source']) == source
 
 def cache_study(
     study:Path,      # folder of DICOM files
@@ -249,7 +262,7 @@ def cache_study(
             lab = F.interpolate(lab, size, mode='nearest-exact')
         arrays = dict(hu=hu[:,0].numpy(), labels=lab[:,0].numpy())
     part = path.with_name(f'{path.stem}.part.npz')
-    (np.savez_compressed if preset.model == 'unet3d' else np.savez)(part, **arrays)
+    (np.savez_compressed if preset.model == 'unet3d' else np.savez)(part, source=_source(study, mask), **arrays)
     part.replace(path)
 
 def _cache_job(uid, *args):
@@ -270,14 +283,15 @@ def cache_studies(
     studies,paths = find_studies(data, 'train'),{u:_cached(folder, u, preset) for u in uids}
     if lost := [u for u in uids if u not in studies]:
         raise CspineError(f'{len(lost)} studies with a mask have no folder in {data}/train_images, the first is {lost[0]}')
-    todo = [u for u in uids if not paths[u].exists()]
+    masks = {u: Path(data)/'segmentations'/f'{u}.nii' for u in uids}
+    todo = [u for u in uids if not _is_cached(paths[u], _source(studies[u], masks[u]))]
     if todo:
-        jobs = (delayed(_cache_job)(u, studies[u], Path(data)/'segmentations'/f'{u}.nii', paths[u], preset) for u in todo)
+        jobs = (delayed(_cache_job)(u, studies[u], masks[u], paths[u], preset) for u in todo)
         done = Parallel(min(workers, len(todo)), return_as='generator_unordered')(jobs)
         for _ in progress(done, 'reading studies', len(todo)): pass
     return paths
 
-# %% ../nbs/10_segmentation.ipynb #80b3c99e
+# %% ../nbs/10_segmentation.ipynb #22b32c42
 class CubeDataset(torch.utils.data.Dataset):
     "Random cubes of scans on the coarse grid for training, whole scans for validation"
     def __init__(self,
@@ -298,14 +312,11 @@ class CubeDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, i))
         hu,share,box = self.items[rng.integers(len(self.items))]
         n = self.preset.patch
-        # half of the cubes look at a vertebra, the others anywhere
-        there = [c for c in range(len(share)) if share[c].any()]
-        if there and rng.random() < 0.6:
-            at = (share[rng.choice(there)] > 127).nonzero().float().mean(0).nan_to_num().numpy()+box[:,0]+rng.normal(0, n/10, 3)
-        else: at = rng.uniform(0, hu.shape)
-        # look into the scan rather than out of it
-        half = np.minimum(n*0.4, np.array(hu.shape)/2)
-        at = np.clip(at, half, hu.shape-half)
+        # as at prediction: the spine about the middle, anywhere along z. Cubes centred on single vertebrae hide how far
+        # the head is, and levels are then learnt many times slower
+        half = np.minimum(n/2, np.array(hu.shape)/2)
+        at = rng.uniform(half, hu.shape-half)
+        if share.any(): at[1:] = box[1:].mean(1)+rng.normal(0, n/16, 2)
         x,y = cut_cube(hu, share, box, n, rng, at, bend=rng.random() < 0.8)
         x = bend_hu(x, rng)
         end_scan(x, y, rng)
@@ -357,7 +368,7 @@ class SegmentationFigures:
     ): self.counts += _counts(pred.argmax(1).cpu().numpy(), true.argmax(1).cpu().numpy())
     def figures(self) -> dict: return segmentation_metrics(self.counts)
 
-# %% ../nbs/10_segmentation.ipynb #49b16be1
+# %% ../nbs/10_segmentation.ipynb #f61f3eca
 def fast_dtype(
     device='cpu',   # torch device or its name
 ):                  # torch.bfloat16, torch.float16, or None for float32
@@ -378,11 +389,11 @@ def fast(
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
 
 def channels_last(
-    x,   # tensor or module; (B, C, y, x) or (B, C, z, y, x)
+    x,   # tensor (B, C, y, x) or (B, C, z, y, x), or a module; without convolutions it comes back as it is
 ):
     "The memory layout in which convolutions are fastest"
-    dim = x.dim() if torch.is_tensor(x) else next(p.dim() for p in x.parameters() if p.dim() > 3)
-    return x.to(memory_format=torch.channels_last_3d if dim == 5 else torch.channels_last)
+    dim = x.dim() if torch.is_tensor(x) else max((p.dim() for p in x.parameters()), default=0)
+    return x.to(memory_format={4:torch.channels_last, 5:torch.channels_last_3d}[dim]) if dim > 3 else x
 
 def _pad(x, multiple, value):
     "The last three axes padded at their ends"
@@ -440,7 +451,7 @@ def predict_labels(
         labels = labels_from_grid(share, volume.hu.shape)
     return clean_labels(labels, volume.spacing)
 
-# %% ../nbs/10_segmentation.ipynb #bffd71f4
+# %% ../nbs/10_segmentation.ipynb #6f172922
 SPECK_MM3 = 300   # a cervical vertebra has 5 to 15 cm3 of bone; what is smaller than this is a speck
 
 def clean_labels(

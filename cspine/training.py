@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit', 'read_run', 'train_segmentation', 'crop_study', 'cache_crops', 'train_classification']
 
-# %% ../nbs/20_training.ipynb #59ed902a
+# %% ../nbs/20_training.ipynb #8a4fc4b7
 import contextlib,hashlib,io,json,os,platform,sys,time
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM
 from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,channels_last,
                                  fast_dtype,predict_labels,segmentation_loss)
 
-# %% ../nbs/20_training.ipynb #a43e02bb
+# %% ../nbs/20_training.ipynb #b4f7728c
 def _need_fastai():
     try: import fastai.learner   # noqa: F401
     except ImportError as e: raise CspineError('training needs fastai: pip install "cspine[train]"') from e
@@ -183,7 +183,7 @@ def fit(
     os.replace(fold/'model.part', fold/'model.safetensors')
     return pd.DataFrame(keeper.rows)
 
-# %% ../nbs/20_training.ipynb #de534913
+# %% ../nbs/20_training.ipynb #4bd7700a
 def _versions():
     import importlib.metadata as md
     names = ('cspine','torch','fastai','numpy')
@@ -243,7 +243,7 @@ def _which(fold, n):
     if str(fold).isdigit() and int(fold) < n: return [int(fold)]
     raise CspineError(f'fold must be all or a number from 0 to {n-1}, got {fold!r}')
 
-# %% ../nbs/20_training.ipynb #1c1d919f
+# %% ../nbs/20_training.ipynb #120ce3eb
 def train_segmentation(
     data:str,                   # folder in the competition's layout, with segmentations/
     preset='tiny',              # name, or a Preset
@@ -278,7 +278,7 @@ def train_segmentation(
         _finish_fold(out, k, log, dict(train=len(train), valid=len(valid)))
     return out
 
-# %% ../nbs/20_training.ipynb #def61211
+# %% ../nbs/20_training.ipynb #264439c5
 def _load_segmentation(run, k):
     "The stage-1 network of a fold"
     from safetensors.torch import load_file
@@ -344,7 +344,7 @@ def cache_crops(
 
 def _crop_job(uid, *args): return uid,crop_study(*args)
 
-# %% ../nbs/20_training.ipynb #7fcbacaa
+# %% ../nbs/20_training.ipynb #f1b975a9
 def train_classification(
     data:str,                     # folder in the competition's layout
     preset='tiny',                # name, or a Preset
@@ -378,7 +378,8 @@ def train_classification(
                 for us,t in ((train,True),(valid,False))]
         log = fit(model, CompetitionLoss(cls.mask_loss), *sets, out/f'fold{k}', cls.epochs, cls.batch, cls.lr, cls.weight_decay, cls.ema,
                   preset.seed+k, ClassificationFigures(), inputs=2, resume=resume)
-        _finish_fold(out, k, log, dict(train=len(train), valid=len(valid)))
+        _finish_fold(out, k, log, dict(train=len(train), valid=len(valid),
+            positives={t:int(n) for t,n in table.loc[train, list(TARGETS)].sum().items()}))   # for the bundle's odds
         _write_oof(out, k, model, cls, fold_of, paths)
     return out
 

@@ -1,0 +1,127 @@
+"Stage 1 across modules: geometry, learning, the paper's model at full size"
+from dataclasses import replace
+import numpy as np
+import pytest
+import torch
+from cspine import segmentation as seg
+from cspine.phantom import make_study
+from cspine.presets import get_preset
+
+TINY,PAPER = get_preset('tiny').segmentation,get_preset('paper').segmentation
+
+class Scan:
+    def __init__(self, hu, spacing): self.hu,self.spacing = hu,spacing
+
+def back_and_forth(labels, spacing, grid):
+    share,box = seg.soft_targets(labels, spacing, grid)
+    p = torch.zeros(9, *seg.grid_shape(labels.shape, spacing, grid))
+    p[(slice(1,None),)+tuple(slice(*b) for b in box)] = torch.from_numpy(share)/255
+    p[0] = 1-p[1:].sum(0)
+    return seg.labels_from_grid(p, labels.shape)
+
+@pytest.fixture(scope='module')
+def study(): return make_study(9001, size=192)
+
+def test_the_truth_survives_the_coarse_grid(study):
+    labels,spacing = study.labels,study.volume.spacing
+    back = back_and_forth(labels, spacing, TINY.spacing)
+    dice = seg.dice_per_class(back, labels)
+    assert np.nanmean(dice[1:8]) > 0.94 and np.nanmin(dice) > 0.9, dice
+    for c in np.unique(labels)[1:]:
+        shift = (np.argwhere(back==c).mean(0)-np.argwhere(labels==c).mean(0))*spacing
+        assert np.abs(shift).max() < 0.2, (c, shift)   # mm; half a coarse voxel would be 1
+    ok,why = seg.has_cervical_spine(seg.clean_labels(back, spacing), spacing)
+    assert ok, why
+
+@pytest.mark.parametrize('spacing', [(0.5,0.3,0.3), (1.,0.9,0.7), (3.,0.4,0.4), (2.,2.,2.), (5.,3.,3.)])
+def test_no_spacing_shifts_a_box(spacing):
+    shape = tuple(round(72/d) for d in spacing)
+    mm = np.stack(np.meshgrid(*[(np.arange(n)+.5)*d for n,d in zip(shape, spacing)], indexing='ij'))
+    labels = ((mm[0]>20)&(mm[0]<50)&(mm[1]>12)&(mm[1]<40)&(mm[2]>30)&(mm[2]<64)).astype(np.uint8)*6
+    back = back_and_forth(labels, spacing, 2.)
+    assert np.nanmin(seg.dice_per_class(back, labels)) > 0.95
+    assert np.abs((np.argwhere(back).mean(0)-np.argwhere(labels).mean(0))*spacing).max() < 0.2   # mm
+
+@pytest.mark.parametrize('shape', [(1,40,40), (3,17,90), (70,33,20)])
+def test_any_shape_gets_labels(shape):
+    torch.manual_seed(0)
+    preset = replace(TINY, widths=(4,8,8))
+    hu = np.random.default_rng(0).integers(-1000, 1500, shape).astype(np.int16)
+    labels = seg.predict_labels([seg.build_segmentation(preset)], preset, Scan(hu, (1.,0.7,0.7)))
+    assert labels.shape == shape and labels.dtype == np.uint8 and labels.max() < 9
+
+def test_unet3d_learns_and_predicts_on_the_fine_grid(monkeypatch):
+    "A dense and a porous bone; float32 and bfloat16 agree on them"
+    torch.manual_seed(0)
+    labels = np.zeros((48,48,48), np.uint8)
+    labels[8:22,16:36,12:34],labels[28:42,16:36,12:34] = 1,2
+    hu = np.choose(labels, (40,900,300)).astype(np.int16)+np.random.default_rng(0).normal(0, 20, labels.shape).astype(np.int16)
+    preset = replace(TINY, widths=(8,16,32), lr=1e-2)
+    x = seg.network_input(seg.to_grid(hu, (1,1,1), 2.))[None]
+    share,box = seg.soft_targets(labels, (1,1,1), 2.)
+    y = torch.zeros(1, 9, 24, 24, 24)
+    y[(0,slice(1,None))+tuple(slice(*b) for b in box)] = torch.from_numpy(share)/255
+    y[:,0] = 1-y[:,1:].sum(1)
+    model,loss = seg.build_segmentation(preset),seg.segmentation_loss(preset)
+    opt = torch.optim.AdamW(model.parameters(), preset.lr)
+    for _ in range(40):
+        loss(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    fast = seg.predict_labels([model], preset, Scan(hu, (1,1,1)))
+    assert np.nanmin(seg.dice_per_class(fast, labels)) > 0.95, seg.dice_per_class(fast, labels)
+    monkeypatch.setattr(seg, 'fast_dtype', lambda device: None)
+    assert (seg.predict_labels([model], preset, Scan(hu, (1,1,1))) == fast).mean() > 0.995
+
+def test_unet2d_learns_two_slices():
+    torch.manual_seed(0)
+    preset = replace(PAPER, encoder='resnet18', size=64)
+    hu,labels = np.full((2,64,64), 40, np.int16),np.zeros((2,64,64), np.uint8)
+    hu[0,10:40,10:30],labels[0,10:40,10:30] = 900,3
+    hu[1,30:60,20:60],labels[1,30:60,20:60] = 400,8
+    x,y = seg._slices(hu, preset, [0,1]),torch.nn.functional.one_hot(torch.from_numpy(labels).long(), 9).permute(0,3,1,2).float()
+    model,loss = seg.build_segmentation(preset),seg.segmentation_loss(preset)
+    opt,losses = torch.optim.AdamW(model.parameters(), 2e-3),[]
+    for _ in range(40):
+        at = loss(model(x), y)
+        at.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(at.item())
+    assert losses[-1] < 0.3*losses[0], losses
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.momentum = 0.9
+    with torch.no_grad():
+        for _ in range(3): model(x)   # statistics of the weights as they are now
+    got = seg.predict_labels([model], preset, Scan(hu, (1.,1.,1.)))
+    assert np.nanmin(seg.dice_per_class(got, labels)) > 0.9, seg.dice_per_class(got, labels)
+
+def test_the_papers_model_trains_and_predicts_at_full_size():
+    "EfficientNet-B5 U-Net, 512 x 512, three windows in, nine maps out: one step, one slice"
+    torch.manual_seed(0)
+    assert (PAPER.encoder,PAPER.size,PAPER.loss,PAPER.input) == ('efficientnet-b5',512,'bce_jaccard','windows')
+    model,loss = seg.channels_last(seg.build_segmentation(PAPER)),seg.segmentation_loss(PAPER)
+    assert 31e6 < sum(p.numel() for p in model.parameters()) < 32e6
+    hu = np.random.default_rng(0).integers(-1000, 1500, (1,512,512)).astype(np.int16)
+    x,y = seg.channels_last(seg._slices(hu, PAPER, [0])),torch.zeros(1, 9, 512, 512)
+    assert x.shape == (1,3,512,512) and 0 <= x.min() and x.max() <= 1
+    y[:,0,:256] = y[:,4,256:] = 1
+    opt = torch.optim.AdamW(model.parameters(), PAPER.lr, weight_decay=PAPER.weight_decay)
+    before = model.segmentation_head[0].weight.detach().clone()
+    with seg.fast(): out = model(x)
+    assert out.shape == (1,9,512,512)
+    at = loss(out, y)
+    at.backward()
+    opt.step()
+    assert torch.isfinite(at) and all(p.grad is not None for p in model.decoder.parameters())
+    assert next(model.encoder.parameters()).grad.abs().sum() > 0
+    assert not torch.equal(before, model.segmentation_head[0].weight)
+    labels = seg.predict_labels([model], PAPER, Scan(hu, (1.,0.4,0.4)))
+    assert labels.shape == (1,512,512) and labels.max() < 9
+
+def test_neighbours_are_the_channels_of_2_5d():
+    preset = replace(PAPER, input='2.5d', size=32)
+    hu = np.stack([np.full((32,32), v, np.int16) for v in (0,500,1000)])
+    first,middle,last = (seg._slices(hu, preset, [n])[0,:,5,5] for n in range(3))
+    assert torch.equal(middle.argsort(), torch.tensor([0,1,2]))
+    assert first[0] == first[1] < first[2] and last[0] < last[1] == last[2]   # the ends repeat themselves

@@ -1,0 +1,108 @@
+"Stage-1 runs: what is written, split, resumed and refused"
+import json
+from dataclasses import replace
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from cspine.phantom import phantom
+from cspine.presets import CspineError,Preset,get_preset
+from cspine.segmentation import CubeDataset,SliceDataset,build_segmentation,cache_studies
+from cspine.training import read_run,train_segmentation
+
+TINY = get_preset('tiny')
+SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8,8), patch=24, spacing=4., steps=3, epochs=2))
+FLAT = replace(SMALL, segmentation=replace(get_preset('paper').segmentation, encoder='resnet18', size=32, batch=32,
+                                           epochs=1, pretrained=False))
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return phantom(tmp_path_factory.mktemp('data')/'phantom', train=4, test=0, size=64, seed=9100)
+
+@pytest.fixture(scope='module')
+def run(data, tmp_path_factory): return train_segmentation(data, SMALL, tmp_path_factory.mktemp('run')/'run', fold=0)
+
+def uids(data): return pd.read_csv(data/'train.csv', dtype=str).StudyInstanceUID.tolist()
+
+def test_a_run_holds_what_inference_needs(run, data):
+    d = read_run(run)
+    assert d['kind'] == 'segmentation' and d['folds'] == [0] and d['preset'] == SMALL and d['seed'] == 0
+    assert d['versions']['torch'].split('+')[0] == torch.__version__.split('+')[0]
+    last = d['figures']['fold0']['last']
+    assert {'dice','dice_with_background','accuracy','accuracy_all_background','dice_C1','dice_T'} <= set(last)
+    assert 0.9 < last['accuracy_all_background'] < 1
+    json.loads((run/'run.json').read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
+    folds = pd.read_csv(run/'folds.csv', dtype={0:str})
+    assert sorted(folds.StudyInstanceUID) == sorted(uids(data)) and set(folds.fold) == {0,1}
+    model = build_segmentation(SMALL.segmentation)
+    model.load_state_dict(load_file(run/'fold0'/'model.safetensors'))
+    log = pd.read_csv(run/'fold0'/'log.csv')
+    assert log.epoch.tolist() == [1,2] and log.notna().train_loss.all()
+    ck = torch.load(run/'fold0'/'checkpoints'/'epoch_002.pt', weights_only=True)
+    assert ck['epoch'] == 2 and ck['opt']['state']
+
+def test_a_run_that_was_cut_off_ends_the_same(run, data, tmp_path, monkeypatch):
+    from cspine.segmentation import SegmentationFigures
+    reset,calls = SegmentationFigures.reset,[]
+    def cut(self):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        reset(self)
+    monkeypatch.setattr(SegmentationFigures, 'reset', cut)
+    with pytest.raises(KeyboardInterrupt): train_segmentation(data, SMALL, tmp_path/'run')
+    assert not (tmp_path/'run'/'fold0'/'model.safetensors').exists() and read_run(tmp_path/'run')['folds'] == []
+    train_segmentation(data, SMALL, tmp_path/'run', resume=True)
+    whole,cut_off = (load_file(r/'fold0'/'model.safetensors') for r in (run, tmp_path/'run'))
+    for k,v in whole.items(): torch.testing.assert_close(cut_off[k], v, rtol=1e-4, atol=1e-5)
+
+def test_another_fold_adds_to_the_run(run, data):
+    weights = (run/'fold0'/'model.safetensors').read_bytes()
+    train_segmentation(data, SMALL, run, fold='all', resume=True)
+    assert read_run(run)['folds'] == [0,1] and set(read_run(run)['figures']) == {'fold0','fold1'}
+    assert (run/'fold0'/'model.safetensors').read_bytes() == weights   # a finished fold stays as it is
+
+def test_slices_train_with_the_same_command(data, tmp_path):
+    out = train_segmentation(data, FLAT, tmp_path/'flat', fold=1)
+    d = read_run(out)
+    assert d['folds'] == [1] and d['preset'].segmentation.model == 'unet2d'
+    build_segmentation(FLAT.segmentation).load_state_dict(load_file(out/'fold1'/'model.safetensors'))
+
+def test_items_repeat_for_a_seed_and_change_with_the_epoch(data, tmp_path):
+    for preset,kind in ((SMALL.segmentation,CubeDataset), (FLAT.segmentation,SliceDataset)):
+        paths = list(cache_studies(data, uids(data)[:2], tmp_path, preset).values())
+        a,b = kind(paths, preset, True, 1),kind(paths, preset, True, 1)
+        i = len(a)//2
+        for (x,y),(u,v) in zip([a[i]], [b[i]]): assert torch.equal(x, u) and torch.equal(y, v)
+        x,y = a[i]
+        torch.testing.assert_close(y.sum(0), torch.ones_like(y[0]))
+        b.epoch = 5
+        assert any(not torch.equal(a[k][0], b[k][0]) for k in range(min(3, len(a))))
+        whole = kind(paths, preset, False)
+        assert torch.equal(whole[i][0], whole[i][0]) and whole[len(whole)//2][1].argmax(0).any()
+
+def test_the_cache_is_made_once_and_again_if_the_mask_changes(data, tmp_path):
+    uid = uids(data)[0]
+    path = cache_studies(data, [uid], tmp_path, SMALL.segmentation)[uid]
+    made = path.stat().st_mtime_ns
+    cache_studies(data, [uid], tmp_path, SMALL.segmentation)
+    assert path.stat().st_mtime_ns == made
+    mask = data/'segmentations'/f'{uid}.nii'
+    mask.write_bytes(mask.read_bytes())
+    cache_studies(data, [uid], tmp_path, SMALL.segmentation)
+    assert path.stat().st_mtime_ns > made
+    assert not list(tmp_path.glob('*.part*'))
+
+@pytest.mark.parametrize('kw,says', [
+    (dict(fold=7), 'fold must be all or a number from 0 to 1'), (dict(preset='huge'), 'paper, tiny'),
+    (dict(weights='x.pth'), 'no encoder weights'), (dict(epochs=9, resume=True), 'another preset or number of epochs')])
+def test_what_cannot_work_is_said(run, data, kw, says):
+    with pytest.raises(CspineError, match=says): train_segmentation(**{**dict(data=data, preset=SMALL, out=run), **kw})
+
+def test_masks_are_needed(data, tmp_path):
+    pd.read_csv(data/'train.csv', dtype=str).to_csv(tmp_path/'train.csv', index=False)
+    with pytest.raises(CspineError, match='masks for 0 of the 4'): train_segmentation(tmp_path, SMALL, tmp_path/'run')
+    with pytest.raises(CspineError, match='no run folder'): read_run(tmp_path)
+
+def test_a_preset_travels_through_the_run(run):
+    assert Preset.from_dict(json.loads((run/'run.json').read_text())['preset']) == SMALL
+    assert np.isfinite(pd.read_csv(run/'fold0'/'log.csv').seconds).all()
