@@ -20,7 +20,7 @@ DEMO_SEED    := 1000
 .DELETE_ON_ERROR:
 
 # Bring $(1) about, or say that $(2) is reused as it is.
-need = @if $(MAKE) -q $(1) >/dev/null 2>&1; then echo "reusing $(2)"; else $(MAKE) --no-print-directory $(1); fi
+need = @if $(MAKE) -q $(1) >/dev/null 2>&1; then echo "reusing $(2)"; else $(MAKE) -s --no-print-directory $(1); fi
 
 submission:
 	$(call need,$(VENV)/base.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
@@ -44,22 +44,26 @@ export: $(VENV)/test.stamp
 $(VENV)/pip.stamp:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else \
 	"cspine needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: say make PYTHON=python3.12" % v)'
+	@echo 'making $(VENV)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@touch $@
 
 $(VENV)/base.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
 	@rm -rf build/lib build/bdist.*
+	@echo 'installing the project into $(VENV)'
 	$(BIN)/python -m pip install .
 	@touch $@ $(VENV)/code.stamp
 
 $(VENV)/test.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
 	@rm -rf build/lib build/bdist.*
+	@echo 'installing the project, and what its tests need, into $(VENV)'
 	$(BIN)/python -m pip install '.[train,pretrained,dev]'
 	@touch $@ $(VENV)/base.stamp $(VENV)/code.stamp
 
 $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
 	@rm -rf build/lib build/bdist.*
+	@echo 'installing the changed project into $(VENV)'
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 

@@ -31,6 +31,7 @@ setup(
     packages=find_packages(include=['cspine', 'cspine.*'])
              + find_packages('submission', include=['cspine_submission', 'cspine_submission.*']),
     package_dir={'cspine_submission': 'submission/cspine_submission'},
+    include_package_data=False,     # MANIFEST.in is for the source distribution
     package_data={'cspine': ['demo_bundle/*']},
     entry_points={'console_scripts': lines(package['console_scripts'])},
     zip_safe=False,
