@@ -6,7 +6,7 @@
 __all__ = ['noisy_or', 'CrackNetBiLSTM', 'CompetitionLoss', 'CropDataset', 'with_prior', 'ClassificationFigures',
            'classification_figures', 'predict_probabilities']
 
-# %% ../nbs/13_classification.ipynb #86c6b421
+# %% ../nbs/13_classification.ipynb #1e5a5033
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +15,7 @@ from .presets import LEVELS, TARGETS, ClassificationPreset, CspineError
 from .encoders import input_stats
 from .rsna import PRIOR
 
-# %% ../nbs/13_classification.ipynb #625c9e3c
+# %% ../nbs/13_classification.ipynb #ef53bd68
 def noisy_or(
     logits:torch.Tensor,   # (B, 7) of the vertebrae
     present:torch.Tensor,  # (B, 7) bool; what is absent does not count
@@ -24,7 +24,7 @@ def noisy_or(
     whole = (F.logsigmoid(-logits.float()) * present).sum(1).clamp(max=-1e-6)   # log-probability that none is fractured
     return torch.log(-torch.expm1(whole)) - whole
 
-# %% ../nbs/13_classification.ipynb #51d1040c
+# %% ../nbs/13_classification.ipynb #08380043
 def _under(f, w):
     "Average and maximum of feature maps f (N, C, y, x) under weights w (N, 1, y, x) in [0, 1]"
     mean = (f*w).sum((2,3)) / (w.sum((2,3)) + 1e-3*w[0,0].numel())   # a floor: a blank map must not blow up
@@ -94,7 +94,7 @@ class CrackNetBiLSTM(nn.Module):
         if own is None: return logits,None
         return logits, own.new_zeros(b, 7, h, w).masked_scatter(present[...,None,None], own)
 
-# %% ../nbs/13_classification.ipynb #eb5741f7
+# %% ../nbs/13_classification.ipynb #593f21e9
 class CompetitionLoss(nn.Module):
     "The competition's metric on logits, and the map's own loss beside it"
     def __init__(self,
@@ -119,7 +119,7 @@ class CompetitionLoss(nn.Module):
             loss = loss + self.mask_loss*F.binary_cross_entropy_with_logits(own[present], masks[present].float()/255)
         return loss
 
-# %% ../nbs/13_classification.ipynb #fbb4403c
+# %% ../nbs/13_classification.ipynb #020103ef
 class CropDataset(torch.utils.data.Dataset):
     "Studies as seven crops, with their labels"
     def __init__(self,
@@ -154,7 +154,7 @@ def _shift_slices(crop, rng, most=2):
     a,b = rng.uniform(-most, most, 2)
     return crop[np.linspace(a, n-1+b, n).round().clip(0, n-1).astype(int)]
 
-# %% ../nbs/13_classification.ipynb #688fb5f6
+# %% ../nbs/13_classification.ipynb #dd3607ef
 def with_prior(
     probabilities:np.ndarray,  # (..., 8)
     present:np.ndarray,        # (..., 7) bool
@@ -186,7 +186,7 @@ def classification_figures(
     return dict(metric=metric(t, g), best_constant=metric(t, flat), auroc=area(truth[:,:7].ravel(), guess[:,:7].ravel()),
                 auroc_patient=area(truth[:,7], guess[:,7]))
 
-# %% ../nbs/13_classification.ipynb #7bfaccc8
+# %% ../nbs/13_classification.ipynb #5bb806bf
 @torch.inference_mode()
 def predict_probabilities(
     models:list,                  # of `CrackNetBiLSTM`, one per fold
