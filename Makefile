@@ -1,5 +1,6 @@
 # make submission   from nothing to a scored submission.csv and a page with pictures
 # make test         the notebooks as tests, then pytest
+# make bench        what reading and predicting cost on this machine
 # make export       notebooks -> cspine/, README.md; after every edit under nbs/
 # make demo-bundle  train again what lies in cspine/demo_bundle (hours)
 # make clean        forget .venv and build/
@@ -15,7 +16,7 @@ TEST_STUDIES := 16
 TEST_SEED    := 7
 DEMO_SEED    := 1000
 
-.PHONY: submission test export demo-bundle clean
+.PHONY: submission test bench export demo-bundle clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -33,6 +34,10 @@ test:
 	$(call need,$(VENV)/test.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
 	$(BIN)/pytest -q tests
+
+bench:
+	$(call need,$(VENV)/base.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
+	$(BIN)/python scripts/bench.py
 
 export: $(VENV)/test.stamp
 	$(BIN)/nbdev-export

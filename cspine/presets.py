@@ -64,6 +64,9 @@ class SegmentationPreset:
     spacing:float|None      # unet3d: side of the grid's cubic voxel, mm
     patch:int|None          # unet3d: side of the training cube, voxels
     widths:tuple|None       # unet3d: channels per resolution level
+    low_widths:tuple|None   # unet3d: the same for a first U-Net on half the grid, whose answer the other refines; None: no cascade
+    low_epochs:int          # epochs of that one alone, before both are trained together
+    low_steps:int           # its steps per epoch
     loss:str                # 'bce_jaccard' or 'ce_dice'
     augment:str             # 'paper' (albumentations) or 'neck3d' (torch, for cubes)
     epochs:int
@@ -152,15 +155,17 @@ def _checked(cls, d, where):
 PRESETS = dict(
     paper=Preset('paper',
         SegmentationPreset(model='unet2d', encoder='efficientnet-b5', pretrained=True, in_channels=3, classes=9,
-            input='windows', size=512, spacing=None, patch=None, widths=None, loss='bce_jaccard', augment='paper',
+            input='windows', size=512, spacing=None, patch=None, widths=None,
+            low_widths=None, low_epochs=0, low_steps=0, loss='bce_jaccard', augment='paper',
             epochs=20, steps=None, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.),
         ClassificationPreset(encoder='resnet101', pretrained=True, decoder_channels=(256,128,64,32,16), slices=30,
             size=256, margin_mm=0., window=(1800,400), classes=7, hidden=256, layers=2, patient='noisy_or',
             mask_loss=1., dropout=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.)),
     tiny=Preset('tiny',
         SegmentationPreset(model='unet3d', encoder=None, pretrained=False, in_channels=3, classes=9,
-            input='windows', size=None, spacing=2., patch=80, widths=(16,32,64,112,160), loss='ce_dice',
-            augment='neck3d', epochs=4, steps=240, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
+            input='windows', size=None, spacing=2., patch=80, widths=(16,32,64,112),
+            low_widths=(16,32,64,112), low_epochs=4, low_steps=700, loss='ce_dice',
+            augment='neck3d', epochs=2, steps=180, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(64,32,16,16,8), slices=30,
             size=128, margin_mm=4., window=(1800,400), classes=7, hidden=128, layers=2, patient='head',
             mask_loss=0.2, dropout=0.2, augment='light', epochs=12, batch=4, lr=5e-4, weight_decay=1e-2, ema=0.99)),

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPECK_MM3', 'grid_shape', 'to_grid', 'soft_targets', 'labels_from_grid', 'network_input', 'UNet3d',
            'build_segmentation', 'CrossEntropyDice', 'BCEJaccard', 'segmentation_loss', 'dice_per_class',
-           'segmentation_metrics', 'cache_study', 'cache_studies', 'CubeDataset', 'SliceDataset', 'SegmentationFigures',
-           'fast_dtype', 'fast', 'channels_last', 'predict_labels', 'clean_labels', 'has_cervical_spine']
+           'segmentation_metrics', 'cache_study', 'cache_studies', 'low_preset', 'CubeDataset', 'SliceDataset',
+           'SegmentationFigures', 'fast_dtype', 'fast', 'channels_last', 'predict_labels', 'clean_labels',
+           'has_cervical_spine']
 
 # %% ../nbs/10_segmentation.ipynb #b0b88ab6
 from contextlib import nullcontext
@@ -136,23 +137,28 @@ class _Norm(nn.InstanceNorm3d):
 def _conv(i, o, stride=1): return nn.Sequential(nn.Conv3d(i, o, 3, stride, 1, bias=False), _Norm(o), nn.LeakyReLU(0.01, inplace=True))
 
 class UNet3d(nn.Module):
-    "A plain 3D U-Net: two convolutions per level, instance norm, leaky ReLU, as nnU-Net's"
+    "A plain 3D U-Net: two convolutions per level, instance norm, leaky ReLU, as nnU-Net's; and its cascade"
     def __init__(self,
         in_channels:int=3,
         classes:int=9,
         widths:tuple=(16,32,64,112,160),   # channels per level; each level halves the grid
+        low:tuple=(),                      # widths of a U-Net on half the grid, whose answer this one refines; none: no cascade
     ):
         super().__init__()
-        ins = (in_channels,)+tuple(widths[:-1])
+        self.low = UNet3d(in_channels, classes, low) if low else None
+        ins = (in_channels+(classes if low else 0),)+tuple(widths[:-1])
         self.down = nn.ModuleList([nn.Sequential(_conv(i, o, 1 if k==0 else 2), _conv(o, o)) for k,(i,o) in enumerate(zip(ins, widths))])
         self.up = nn.ModuleList([nn.ConvTranspose3d(lo, hi, 2, 2) for hi,lo in zip(widths, widths[1:])])
         self.join = nn.ModuleList([nn.Sequential(_conv(2*w, w), _conv(w, w)) for w in widths[:-1]])
         self.head = nn.Conv3d(widths[0], classes, 1)
         nn.init.zeros_(self.head.bias)
         self.head.bias.data[0] = 5   # start from "98 % is background", not from nine equal classes
-        self.multiple = 2**(len(widths)-1)   # sides of the input must be multiples of this
+        self.multiple = max(2**(len(widths)-1), 2*self.low.multiple if low else 1)   # sides of the input are multiples of this
 
     def forward(self, x):   # (B, in_channels, z, y, x) -> (B, classes, z, y, x) logits
+        if self.low is not None:
+            level = self.low(channels_last(F.avg_pool3d(x, 2))).float().softmax(1)
+            x = channels_last(torch.cat([x, F.interpolate(level, scale_factor=2., mode='trilinear').to(x.dtype)], 1))
         skips = []
         for d in self.down: skips.append(x := d(x))
         for k in reversed(range(len(self.up))): x = self.join[k](torch.cat([self.up[k](x), skips[k]], 1))
@@ -162,7 +168,7 @@ def build_segmentation(
     preset:SegmentationPreset,
 ) -> nn.Module:   # logits of `preset.classes` maps
     "The stage-1 model of a preset, at random"
-    if preset.model == 'unet3d': return UNet3d(preset.in_channels, preset.classes, preset.widths)
+    if preset.model == 'unet3d': return UNet3d(preset.in_channels, preset.classes, preset.widths, preset.low_widths or ())
     import segmentation_models_pytorch as smp
     return smp.Unet(preset.encoder, encoder_weights=None, in_channels=preset.in_channels, classes=preset.classes)
 
@@ -292,6 +298,25 @@ def cache_studies(
     return paths
 
 # %% ../nbs/10_segmentation.ipynb #22b32c42
+def low_preset(
+    preset:SegmentationPreset,   # with `low_widths`
+) -> SegmentationPreset:
+    "The preset of the cascade's first U-Net: half the grid, a cube that sees further"
+    from dataclasses import replace
+    multiple = 2**(len(preset.low_widths)-1)
+    return replace(preset, spacing=2*preset.spacing, patch=-(-3*preset.patch//5//multiple)*multiple, widths=preset.low_widths,
+                   epochs=preset.low_epochs, steps=preset.low_steps, low_widths=None, low_epochs=0, low_steps=0)
+
+def _halve(hu, share, box):
+    "A training item on half the grid"
+    full = torch.zeros(len(share), *hu.shape)
+    full[(slice(None),)+tuple(slice(a, b) for a,b in box)] = share.float()
+    hu,full = F.avg_pool3d(_pad(hu.float(), 2, AIR)[None], 2)[0],F.avg_pool3d(_pad(full, 2, 0)[None], 2)[0].round().byte()
+    on = full.any(0)
+    box = np.zeros((3,2), int)
+    if on.any(): box = np.array([[int(a.nonzero()[0]), int(a.nonzero()[-1])+1] for a in (on.any(2).any(1), on.any(2).any(0), on.any(1).any(0))])
+    return hu.round().short(),full[(slice(None),)+tuple(slice(a, b) for a,b in box)],box
+
 class CubeDataset(torch.utils.data.Dataset):
     "Random cubes of scans on the coarse grid for training, whole scans for validation"
     def __init__(self,
@@ -299,11 +324,14 @@ class CubeDataset(torch.utils.data.Dataset):
         preset:SegmentationPreset,
         train:bool=True,
         seed:int=0,
+        halve:bool=False,   # on half the grid, as the cascade's first U-Net sees it
     ):
         self.preset,self.train,self.seed,self.epoch = preset,train,seed,0
+        self.multiple = build_segmentation(preset).multiple
         self.items = []
         for p in paths:
-            with np.load(p) as f: self.items.append((torch.from_numpy(f['hu']), torch.from_numpy(f['share']), f['box']))
+            with np.load(p) as f: item = torch.from_numpy(f['hu']),torch.from_numpy(f['share']),f['box']
+            self.items.append(_halve(*item) if halve else item)
 
     def __len__(self): return (self.preset.steps*self.preset.batch if self.preset.steps else len(self.items)) if self.train else len(self.items)
 
@@ -327,10 +355,9 @@ class CubeDataset(torch.utils.data.Dataset):
         y = torch.zeros(9, *hu.shape)
         y[(slice(1,None),)+tuple(slice(a, b) for a,b in box)] = share.float()/255
         y[0] = 1-y[1:].sum(0)
-        multiple = 2**(len(self.preset.widths)-1)
-        y = _pad(y, multiple, 0)
+        y = _pad(y, self.multiple, 0)
         y[0] = 1-y[1:].sum(0)
-        return network_input(_pad(hu.float(), multiple, AIR)),y
+        return network_input(_pad(hu.float(), self.multiple, AIR)),y
 
 class SliceDataset(torch.utils.data.Dataset):
     "Every slice of the studies, with the paper's augmentation for training"

@@ -20,7 +20,7 @@ from .dicom import DicomError,read_series
 from .encoders import load_encoder_weights
 from .cropping import boxes_from_labels,crop_masks,crop_vertebrae
 from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM,CropDataset,predict_probabilities
-from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,channels_last,
+from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,predict_labels,segmentation_loss)
 
 # %% ../nbs/20_training.ipynb #b4f7728c
@@ -272,6 +272,11 @@ def train_segmentation(
         model = build_segmentation(seg)
         if seg.pretrained and not (resume and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt'))):
             load_encoder_weights(model.encoder, seg.encoder, weights, print)
+        if seg.low_widths:   # the first U-Net of the cascade alone: its steps cost a tenth of the whole's
+            low = low_preset(seg)
+            sets = [CubeDataset([paths[u] for u in us], low, t, preset.seed+k, halve=True) for us,t in ((train,True),(valid,False))]
+            fit(model.low, segmentation_loss(low), *sets, out/f'fold{k}'/'low', low.epochs, low.batch, low.lr, low.weight_decay, low.ema,
+                preset.seed+k, SegmentationFigures(), resume=resume, valid_batch=1)
         log = fit(model, segmentation_loss(seg), kind([paths[u] for u in train], seg, True, preset.seed+k),
                   kind([paths[u] for u in valid], seg, False), out/f'fold{k}', seg.epochs, seg.batch, seg.lr, seg.weight_decay,
                   seg.ema, preset.seed+k, SegmentationFigures(), resume=resume, valid_batch=1 if seg.model == 'unet3d' else None)

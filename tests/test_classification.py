@@ -18,7 +18,7 @@ from cspine.segmentation import build_segmentation
 
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
-                segmentation=replace(TINY.segmentation, widths=(4, 8), spacing=4., patch=16),
+                segmentation=replace(TINY.segmentation, widths=(4, 8), low_widths=None, spacing=4., patch=16),
                 classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 

@@ -45,7 +45,7 @@ def test_no_spacing_shifts_a_box(spacing):
 @pytest.mark.parametrize('shape', [(1,40,40), (3,17,90), (70,33,20)])
 def test_any_shape_gets_labels(shape):
     torch.manual_seed(0)
-    preset = replace(TINY, widths=(4,8,8))
+    preset = replace(TINY, widths=(4,8,8), low_widths=None)
     hu = np.random.default_rng(0).integers(-1000, 1500, shape).astype(np.int16)
     labels = seg.predict_labels([seg.build_segmentation(preset)], preset, Scan(hu, (1.,0.7,0.7)))
     assert labels.shape == shape and labels.dtype == np.uint8 and labels.max() < 9
@@ -56,7 +56,7 @@ def test_unet3d_learns_and_predicts_on_the_fine_grid(monkeypatch):
     labels = np.zeros((48,48,48), np.uint8)
     labels[8:22,16:36,12:34],labels[28:42,16:36,12:34] = 1,2
     hu = np.choose(labels, (40,900,300)).astype(np.int16)+np.random.default_rng(0).normal(0, 20, labels.shape).astype(np.int16)
-    preset = replace(TINY, widths=(8,16,32), lr=1e-2)
+    preset = replace(TINY, widths=(8,16,32), low_widths=None, lr=1e-2)
     x = seg.network_input(seg.to_grid(hu, (1,1,1), 2.))[None]
     share,box = seg.soft_targets(labels, (1,1,1), 2.)
     y = torch.zeros(1, 9, 24, 24, 24)

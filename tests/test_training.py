@@ -12,7 +12,7 @@ from cspine.segmentation import CubeDataset,SliceDataset,build_segmentation,cach
 from cspine.training import read_run,train_segmentation
 
 TINY = get_preset('tiny')
-SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8,8), patch=24, spacing=4., steps=3, epochs=2))
+SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8,8), low_widths=(4,8), low_epochs=2, low_steps=3, patch=24, spacing=4., steps=3, epochs=2))
 FLAT = replace(SMALL, segmentation=replace(get_preset('paper').segmentation, encoder='resnet18', size=32, batch=32,
                                            epochs=1, pretrained=False))
 
