@@ -11,7 +11,7 @@ DATA   := build/phantom
 CSV    := build/submission.csv
 PAGE   := build/submission.html
 SOURCES := $(shell find cspine submission -type f -not -path '*/__pycache__/*')
-# Studies that no training has seen: the demo bundle's phantoms come from DEMO_SEED.
+# Studies that no training has seen: the demo bundle's phantoms come from DEMO_SEED and 2000.
 TEST_STUDIES := 16
 TEST_SEED    := 7
 DEMO_SEED    := 1000
@@ -73,14 +73,16 @@ $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
 	@touch $@
 
 # How the bundle in cspine/demo_bundle came about, and the figures in its card, measured on the 32 studies held out here.
+# Stage 1 learns on necks at the competition's prevalence, stage 2 on others that are broken more often (more to learn from).
 DEMO := build/demo
 demo-bundle: $(VENV)/test.stamp $(VENV)/code.stamp
-	$(BIN)/cspine phantom $(DEMO)/data --train 480 --test 32 --size 256 --seed $(DEMO_SEED)
-	$(BIN)/cspine train segmentation --data $(DEMO)/data --preset tiny --fold 0 --resume --out $(DEMO)/segmentation
-	$(BIN)/cspine train classification --data $(DEMO)/data --preset tiny --fold 0 --resume --out $(DEMO)/classification \
+	$(BIN)/cspine phantom $(DEMO)/masks --train 200 --test 32 --size 256 --seed $(DEMO_SEED)
+	$(BIN)/cspine phantom $(DEMO)/fractures --train 240 --test 0 --size 256 --seed 2000 --rate 2.5
+	$(BIN)/cspine train segmentation --data $(DEMO)/masks --preset tiny --fold 0 --resume --out $(DEMO)/segmentation
+	$(BIN)/cspine train classification --data $(DEMO)/fractures --preset tiny --fold 0 --resume --out $(DEMO)/classification \
 	    --segmentation $(DEMO)/segmentation
 	$(BIN)/cspine bundle $(DEMO)/segmentation $(DEMO)/classification --out cspine/demo_bundle
-	$(BIN)/python scripts/evaluate.py $(DEMO)/data cspine/demo_bundle --write
+	$(BIN)/python scripts/evaluate.py $(DEMO)/masks cspine/demo_bundle --write
 
 clean:
 	rm -rf $(VENV) build
