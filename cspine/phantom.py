@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['draw_fractured', 'Study', 'make_study', 'phantom']
 
-# %% ../nbs/04_phantom.ipynb #ac8ace3e
+# %% ../nbs/04_phantom.ipynb #c770b575
 from dataclasses import dataclass, field
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -15,7 +15,7 @@ from .presets import CspineError, LEVELS, TARGETS, progress
 from .dicom import Volume, write_series
 from .rsna import PREVALENCE, write_mask
 
-# %% ../nbs/04_phantom.ipynb #4785e786
+# %% ../nbs/04_phantom.ipynb #d45319e4
 _F = np.float32
 
 @dataclass
@@ -86,7 +86,7 @@ def _body(a, b, h, lip=0., beak=0., waist=.08, power=2.6, loss=0.):
 
 def _chain(points, r, r2=None): return [_capsule(p, q, r, r2) for p, q in zip(points[:-1], points[1:])]
 
-# %% ../nbs/04_phantom.ipynb #e67be59f
+# %% ../nbs/04_phantom.ipynb #dd07c3aa
 _MORPHOMETRY = pd.DataFrame(
     [('C2',  9.2, 7.8, 9.5, 12.2, 9.0, 12, 25, 5.2), ('C3', 8.6, 7.7, 6.3, 11.6, 8.1, 11, 25, 5.4),
      ('C4',  8.9, 7.8, 6.2, 12.3, 8.6, 11, 25, 5.4), ('C5', 9.2, 7.8, 6.1, 12.5, 8.6, 13, 26, 5.4),
@@ -95,7 +95,7 @@ _MORPHOMETRY = pd.DataFrame(
      ('T3', 11.8, 10.8, 8.2, 9.1, 7.9, 26, 33, 4.4)],
     columns='level a b h cw cd sp tp disc'.split()).set_index('level')
 
-# %% ../nbs/04_phantom.ipynb #e265716f
+# %% ../nbs/04_phantom.ipynb #5c3a634c
 def _typical(name, m, rng):
     "C3-C7 and T1-T3: shapes and named places where such a vertebra breaks"
     a, b, h, cw, cd, sp, tp = (m[k] for k in 'a b h cw cd sp tp'.split())
@@ -172,7 +172,7 @@ def _atlas(g, rng):
         places[f'lateral mass {"RL"[s > 0]}'] = ([s*17*g, 1, 0], [1, .4, 0], 10)
     return shapes, places
 
-# %% ../nbs/04_phantom.ipynb #10ba3f59
+# %% ../nbs/04_phantom.ipynb #db177e99
 _KINDS = {'C1': {'posterior arch': 3, 'anterior arch': 3, 'lateral mass': 2},
           'C2': {'dens': 4, 'pars': 3, 'body': 2, 'lamina': 1, 'spinous process': .5},
           'other': {'body': 3, 'facet': 2, 'lamina': 2, 'transverse process': 2, 'pedicle': 1.2, 'spinous process': 1.2}}
@@ -229,7 +229,7 @@ def draw_fractured(rng:np.random.Generator, # source of randomness
     while True:
         if (x := rng.random(7) < q).any(): return x
 
-# %% ../nbs/04_phantom.ipynb #eedeed03
+# %% ../nbs/04_phantom.ipynb #5077b47a
 class _Grid:
     "Voxel centres of an axial series: X, Y, Z (mm) along columns, rows, slices (head to feet)"
     def __init__(self, centre, fov, size, z_top, z_bottom, dz):
@@ -301,7 +301,7 @@ def _field(grid, shapes, R, c, scale, rng, fractures=(), wobble=.45):
         gaps[sub(w)] |= (whole[sub(w)] < 0) & (np.abs(d) < f.gap/2 + .3) & (r < f.reach)
     return win, broken, whole, gaps
 
-# %% ../nbs/04_phantom.ipynb #d4cdf1c4
+# %% ../nbs/04_phantom.ipynb #0fddc237
 @dataclass
 class Study:
     "One synthetic exam and its truth"
@@ -344,7 +344,7 @@ def _spine(rng, scale, fractured):
     bones = {'C1': (shapes, R1, c1, _break('C1', places, rng) if fractured[0] else [], dict(g=g)), **bones}
     return bones, turn
 
-# %% ../nbs/04_phantom.ipynb #b942c0cf
+# %% ../nbs/04_phantom.ipynb #c3952ddf
 def _paint(hu, win, sdf, value, width):
     "Blend `value` over hu where sdf < 0, with an edge `width` mm wide"
     part = hu[win]; part += np.clip(.5 - sdf/_F(width), 0, 1)*(value - part)
@@ -511,7 +511,7 @@ def make_study(seed:int, # any integer, or a sequence of them; the same seed giv
     boxes = pd.DataFrame(rows, columns='StudyInstanceUID x y width height slice_number'.split())
     return Study(volume, labels, fractured, boxes, pd.DataFrame(made, columns='StudyInstanceUID level kind gap_mm'.split()))
 
-# %% ../nbs/04_phantom.ipynb #e23479fb
+# %% ../nbs/04_phantom.ipynb #10e108a6
 _SYNTAX = {'explicit': .79, 'jpeg_lossless': .09, 'rle': .06, 'jpeg2000': .06}   # "some JPEG compressed", as in the competition
 
 def _write_study(job, out, size, seed, rate):

@@ -190,7 +190,8 @@ def test_imports_without_torch(module):
 
 
 def test_windowing_imports_at_once():
-    code = 'import time; t = time.perf_counter(); import cspine.windowing; print(time.perf_counter() - t)'
+    # the processor's time: on an idle machine the wall's, and a busy one should not fail the test
+    code = 'import time; t = time.process_time(); import cspine.windowing; print(time.process_time() - t)'
     best = min(float(run(sys.executable, '-c', code).stdout) for _ in range(5))
     assert best < 0.3, f'{best:.2f} s'
 

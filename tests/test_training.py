@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from cspine.phantom import phantom
 from cspine.presets import CspineError,Preset,get_preset
-from cspine.segmentation import CubeDataset,SliceDataset,build_segmentation,cache_studies
+from cspine.segmentation import CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies
 from cspine.training import read_run,train_segmentation
 
 TINY = get_preset('tiny')
@@ -41,17 +41,18 @@ def test_a_run_holds_what_inference_needs(run, data):
     ck = torch.load(run/'fold0'/'checkpoints'/'epoch_002.pt', weights_only=True)
     assert ck['epoch'] == 2 and ck['opt']['state']
 
-def test_a_run_that_was_cut_off_ends_the_same(run, data, tmp_path, monkeypatch):
-    from cspine.segmentation import SegmentationFigures
+@pytest.mark.parametrize('at', [2, 4])   # the second epoch of the cascade's first U-Net, and that of the whole
+def test_a_run_that_was_cut_off_ends_the_same(run, data, tmp_path, monkeypatch, at):
     reset,calls = SegmentationFigures.reset,[]
     def cut(self):
         calls.append(1)
-        if len(calls) == 2: raise KeyboardInterrupt
+        if len(calls) == at: raise KeyboardInterrupt
         reset(self)
     monkeypatch.setattr(SegmentationFigures, 'reset', cut)
     with pytest.raises(KeyboardInterrupt): train_segmentation(data, SMALL, tmp_path/'run')
     assert not (tmp_path/'run'/'fold0'/'model.safetensors').exists() and read_run(tmp_path/'run')['folds'] == []
     train_segmentation(data, SMALL, tmp_path/'run', resume=True)
+    assert len(calls) == 5   # four epochs, and the one that was cut off
     whole,cut_off = (load_file(r/'fold0'/'model.safetensors') for r in (run, tmp_path/'run'))
     for k,v in whole.items(): torch.testing.assert_close(cut_off[k], v, rtol=1e-4, atol=1e-5)
 
