@@ -74,7 +74,7 @@ def test_it_learns_which_vertebra_is_broken():
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
     x, m, y = torch.from_numpy(crops), torch.from_numpy(masks), torch.from_numpy(truth).float()
     there = torch.ones(32, 7, dtype=torch.bool)
-    for epoch in range(10):
+    for epoch in range(25):
         for i in torch.randperm(32).split(8):
             opt.zero_grad()
             loss(model(x[i], there[i]), y[i], there[i], m[i]).backward()
