@@ -515,7 +515,7 @@ def has_cervical_spine(
     best = {}
     for i,(c,at) in enumerate(levels):
         before = [best[j] for j,(d,prev) in enumerate(levels[:i])
-                  if 6 <= (at-prev)[0]/(c-d) <= 35 and np.linalg.norm((at-prev)[1:])/(c-d) <= 30]
+                  if c-d == 1 and 6 <= (at-prev)[0]/(c-d) <= 35 and np.linalg.norm((at-prev)[1:])/(c-d) <= 30]
         best[i] = max(before, key=len, default=[]) + [LEVELS[c-1]]
     row = max(best.values(), key=len)
     names = f'{row[0]} to {row[-1]}' if len(row) > 1 else row[0]
