@@ -125,3 +125,11 @@ def test_neighbours_are_the_channels_of_2_5d():
     first,middle,last = (seg._slices(hu, preset, [n])[0,:,5,5] for n in range(3))
     assert torch.equal(middle.argsort(), torch.tensor([0,1,2]))
     assert first[0] == first[1] < first[2] and last[0] < last[1] == last[2]   # the ends repeat themselves
+
+@pytest.mark.parametrize('levels,neck', [((1,2,3,4,5,6,7), True), ((4,5,6), True), ((3,5,7), False), ((1,4,7), False), ((2,3), False)])
+def test_a_neck_is_a_row_of_neighbouring_levels(levels, neck):
+    "A real abdomen gave C3, C5 and C7 in order, 2 levels apart: no neck skips every other vertebra"
+    labels = np.zeros((150,40,40), np.uint8)
+    for c in levels: labels[18*c:18*c+12,10:30,10:30] = c
+    said,why = seg.has_cervical_spine(labels, (1.,1.,1.))
+    assert said == neck, why
