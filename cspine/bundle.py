@@ -69,7 +69,7 @@ def _read_run(folder):
     if not files: raise CspineError(f'{folder} has no trained fold (fold0/model.safetensors); finish it with --resume')
     return run, Preset.from_dict(run.get('preset')), dict(sorted(files.items()))
 
-_TRAINING = 'pretrained','loss','augment','epochs','steps','batch','lr','weight_decay','ema','dropout','mask_loss'
+_TRAINING = 'pretrained','loss','augment','epochs','steps','batch','lr','weight_decay','ema','dropout','mask_loss','slice_loss'
 
 def _recipe(preset):
     "What inference needs of a preset: without the fields that matter to training only"

@@ -38,16 +38,24 @@ class CrackNetBiLSTM(nn.Module):
         super().__init__()
         import segmentation_models_pytorch as smp
         self.preset,depth = preset,5
-        kw = dict(in_channels=preset.slices, depth=depth)
+        if preset.slices % preset.group: raise CspineError(f'group should divide the {preset.slices} slices, got {preset.group}')
         if preset.decoder_channels:
             if len(preset.decoder_channels) != depth:
                 raise CspineError(f'decoder_channels should hold {depth} numbers or none, got {preset.decoder_channels}')
-            net = smp.Unet(preset.encoder, encoder_depth=depth, encoder_weights=None, in_channels=preset.slices,
+            net = smp.Unet(preset.encoder, encoder_depth=depth, encoder_weights=None, in_channels=preset.group,
                            classes=preset.classes, decoder_channels=preset.decoder_channels)
             self.encoder,self.decoder,self.map = net.encoder,net.decoder,net.segmentation_head
-        else: self.encoder,self.decoder = smp.encoders.get_encoder(preset.encoder, weights=None, **kw),None
-        n = 2*self.encoder.out_channels[-1] + 2*(preset.decoder_channels[-1] if preset.decoder_channels else 0)
-        self.norm,self.drop = nn.LayerNorm(n),nn.Dropout(preset.dropout)   # bottleneck and decoder on one scale
+        else:
+            self.encoder = smp.encoders.get_encoder(preset.encoder, weights=None, in_channels=preset.group, depth=depth)
+            self.decoder = None
+        n = 2*self.encoder.out_channels[-1] + 2*(preset.decoder_channels or self.encoder.out_channels[:-1])[-1]
+        self.norm,self.drop = nn.LayerNorm(n),nn.Dropout(preset.dropout)   # the two sources on one scale
+        self.groups = preset.slices//preset.group
+        if self.groups > 1:
+            self.slice = nn.Linear(n, 1)
+            self.squeeze = nn.Linear(n, preset.hidden)
+            self.weight = nn.Parameter(torch.ones(()))   # of the likeliest groups in the vertebra's logit
+            n = 2*preset.hidden
         self.lstm = nn.LSTM(n, preset.hidden, preset.layers, batch_first=True, bidirectional=True,
                             dropout=preset.dropout if preset.layers > 1 else 0)
         self.vertebra = nn.Linear(2*preset.hidden, 1)
@@ -58,15 +66,15 @@ class CrackNetBiLSTM(nn.Module):
             nn.init.zeros_(self.patient.weight); nn.init.zeros_(self.patient.bias)
 
     def features(self,
-        x:torch.Tensor,      # (N, slices, S, S) float, 0 to 255
-        level:torch.Tensor,  # (N,) 0-6, which vertebra each crop is of
+        x:torch.Tensor,      # (N, group, S, S) float, 0 to 255
+        level:torch.Tensor,  # (N,) 0-6, which vertebra each is of
     ):                       # (N, n) features, (N, S, S) logits of the own channel of the map or None
-        "What the LSTM reads of each crop"
+        "What is read of each group of slices"
         mean,std = input_stats(self.preset.encoder)
         x = ((x/255 - mean)/std).contiguous(memory_format=torch.channels_last)
         maps = self.encoder(x)
         out = [maps[-1].mean((2,3)), maps[-1].amax((2,3))]
-        if self.decoder is None: return torch.cat(out, 1).float(), None
+        if self.decoder is None: return torch.cat([*out, maps[-2].mean((2,3)), maps[-2].amax((2,3))], 1).float(), None
         fine = self.decoder(maps)
         own = self.map(fine)[torch.arange(len(x)), level]
         out.append(_under(fine, own[:,None].sigmoid()))
@@ -75,41 +83,54 @@ class CrackNetBiLSTM(nn.Module):
     def forward(self,
         crops:torch.Tensor,    # (B, 7, slices, S, S), uint8 or float, 0 to 255
         present:torch.Tensor,  # (B, 7) bool
-    ):                         # logits (B, 8) in the order of `TARGETS`; own map (B, 7, S, S) logits, or None without a decoder
+    ):                         # logits (B, 8) in the order of `TARGETS`; own map (B, 7, S, S) logits, or None without a decoder;
+                               # logits (B, 7, groups) of the groups of slices, or None where there is one group
         "Absent vertebrae are not looked at: the LSTM sees zeros in their place, their logits mean nothing"
         b,_,_,h,w = crops.shape
         level = torch.arange(7, device=crops.device).expand(b, 7)[present]
-        f,own = self.features(crops[present].float(), level)
-        sequence = f.new_zeros(b, 7, self.norm.normalized_shape[0])
-        sequence[present] = self.drop(self.norm(f))
+        g = self.groups
+        x = crops[present].float().unflatten(1, (g, self.preset.group)).flatten(0, 1)
+        f,own = self.features(x, level.repeat_interleave(g))
+        f,slices = self.norm(f),None
+        if g > 1:
+            slices = f.new_zeros(b, 7, g)
+            slices[present] = self.slice(self.drop(f))[:,0].unflatten(0, (-1, g))
+            f = F.gelu(self.squeeze(self.drop(f))).unflatten(0, (-1, g))
+            f = torch.cat([f.mean(1), f.amax(1)], 1)
+            if own is not None: own = own.unflatten(0, (-1, g)).mean(1)
+        sequence = f.new_zeros(b, 7, f.shape[1])
+        sequence[present] = self.drop(f)
         seen,_ = self.lstm(sequence)
         seen = self.drop(seen).float()
         vertebrae = self.vertebra(seen)[...,0].float()
+        if g > 1: vertebrae = vertebrae + self.weight*(slices.logsumexp(2) - np.log(g))
         patient = noisy_or(vertebrae, present)
         if self.preset.patient == 'head':
             there = present[...,None]
             top = seen.masked_fill(~there, -1).amax(1)   # an LSTM's output lies in (-1, 1)
             patient = patient + self.patient(torch.cat([(seen*there).sum(1)/there.sum(1).clamp(min=1), top], 1))[:,0].float()
         logits = torch.cat([vertebrae, patient[:,None]], 1)
-        if own is None: return logits,None
-        return logits, own.new_zeros(b, 7, h, w).masked_scatter(present[...,None,None], own)
+        if own is not None: own = own.new_zeros(b, 7, h, w).masked_scatter(present[...,None,None], own)
+        return logits,own,slices
 
 # %% ../nbs/13_classification.ipynb #593f21e9
 class CompetitionLoss(nn.Module):
     "The competition's metric on logits, and the map's own loss beside it"
     def __init__(self,
         mask_loss:float=0.,   # weight of the map's binary cross-entropy
+        slice_loss:float=0.,  # weight of the binary cross-entropy of the groups of slices
     ):
         super().__init__()
-        self.mask_loss = mask_loss
+        self.mask_loss,self.slice_loss = mask_loss,slice_loss
 
     def forward(self,
-        pred,                  # (logits (B, 8), map logits (B, 7, S, S) or None)
+        pred,                  # (logits (B, 8), map logits (B, 7, S, S) or None, slice logits (B, 7, groups) or None)
         target:torch.Tensor,   # (B, 8) 0 or 1
         present:torch.Tensor,  # (B, 7) bool
         masks:torch.Tensor,    # (B, 7, S, S) uint8, of `crop_masks`
+        broken:torch.Tensor,   # (B, 7, slices) uint8, of `crop_slices`; 255: unknown
     ) -> torch.Tensor:
-        logits,own = pred
+        logits,own,slices = pred
         target = target.float()
         w = (1+target) * torch.tensor([1.]*7+[7.], device=target.device)
         w = w * torch.cat([present, torch.ones_like(present[:,:1])], 1)
@@ -117,6 +138,10 @@ class CompetitionLoss(nn.Module):
         loss = ((w*loss).sum(1)/w.sum(1)).mean()
         if self.mask_loss and own is not None and present.any():
             loss = loss + self.mask_loss*F.binary_cross_entropy_with_logits(own[present], masks[present].float()/255)
+        if self.slice_loss and slices is not None:
+            broken = broken.unflatten(2, (slices.shape[2], -1))
+            seen = present[...,None] & (broken < 255).all(3)
+            if seen.any(): loss = loss + self.slice_loss*F.binary_cross_entropy_with_logits(slices[seen].float(), broken.amax(3)[seen].float())
         return loss
 
 # %% ../nbs/13_classification.ipynb #020103ef
@@ -137,22 +162,24 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __len__(self): return len(self.paths)
 
-    def __getitem__(self, i):   # crops (7, slices, S, S) uint8, present (7,), labels (8,), present again, masks (7, S, S) uint8
-        with np.load(self.paths[i]) as f: crops,masks,present = f['crops'],f['masks'],f['present']
+    def __getitem__(self, i):   # crops (7, slices, S, S) uint8, present (7,), labels (8,), present, masks (7, S, S) uint8, broken (7, slices) uint8
+        with np.load(self.paths[i]) as f: crops,masks,present,broken = (f[k] for k in ('crops','masks','present','broken'))
         if self.augment is not None:
             rng = np.random.default_rng((self.seed, self.epoch, i))
             self.augment.set_random_seed(int(rng.integers(2**31)))
             for level in np.flatnonzero(present):
-                out = self.augment(image=_shift_slices(crops[level], rng).transpose(1, 2, 0).copy(), mask=masks[level])
+                at = _shift_slices(self.preset.slices, rng)
+                broken[level] = broken[level,at]
+                out = self.augment(image=crops[level,at].transpose(1, 2, 0).copy(), mask=masks[level])
                 crops[level],masks[level] = out['image'].transpose(2, 0, 1),out['mask']
         present = torch.from_numpy(present)
-        return torch.from_numpy(crops),present,torch.tensor(self.labels[i], dtype=torch.float32),present,torch.from_numpy(masks)
+        return (torch.from_numpy(crops),present,torch.tensor(self.labels[i], dtype=torch.float32),present,
+                torch.from_numpy(masks),torch.from_numpy(broken))
 
-def _shift_slices(crop, rng, most=2):
-    "The slices of a crop (slices, S, S) from a stretch that begins and ends up to `most` slices elsewhere"
-    n = len(crop)
+def _shift_slices(n, rng, most=2):
+    "Which of `n` slices to take for a stretch that begins and ends up to `most` slices elsewhere"
     a,b = rng.uniform(-most, most, 2)
-    return crop[np.linspace(a, n-1+b, n).round().clip(0, n-1).astype(int)]
+    return np.linspace(a, n-1+b, n).round().clip(0, n-1).astype(int)
 
 # %% ../nbs/13_classification.ipynb #dd3607ef
 def with_prior(
@@ -168,7 +195,7 @@ def with_prior(
 class ClassificationFigures:
     "Sums up validation batches: the competition's metric, its best constant, AUROC"
     def reset(self): self.truth,self.guess = [],[]
-    def update(self, pred, target, present, masks):
+    def update(self, pred, target, present, masks, broken):
         self.truth.append(target.cpu().numpy().astype(int))
         self.guess.append(with_prior(pred[0].detach().float().sigmoid().cpu().numpy(), present.cpu().numpy()))
     def figures(self) -> dict: return classification_figures(np.concatenate(self.truth), np.concatenate(self.guess))

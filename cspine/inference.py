@@ -83,7 +83,7 @@ class Pipeline:
         if cervical:
             with _timed(sec, 'crops'):
                 boxes = boxes_from_labels(labels)
-                crops,present = crop_vertebrae(volume, boxes, cls)
+                crops,present = crop_vertebrae(volume, boxes, cls, labels)
             with _timed(sec, 'probabilities'):
                 p = predict_probabilities(b.classification, cls, crops, present, device=self.device, prior=b.prior)
                 p = np.where([*present,True], p*b.odds/(1-p+p*b.odds), p)   # at the competition's prevalence

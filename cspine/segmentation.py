@@ -86,11 +86,14 @@ def soft_targets(
 def labels_from_grid(
     p:torch.Tensor,   # (9, z, y, x) float, shares that sum to 1
     shape:tuple,      # (z, y, x) of the study's own grid
+    hu:np.ndarray=None,   # (z, y, x) HU of the study: where it is given, the edge of bone is where HU say it is, see `_snap`
+    spacing:tuple=None,   # (dz, dy, dx) mm, for `hu`
 ) -> np.ndarray:      # (z, y, x) uint8
     "Bone where bone fills half of a fine voxel, of the class with the largest share, by linear interpolation"
     # Class by class inside its own box, some slices at a time: nine full maps of a 512 x 512 scan would be 3 GB.
     p = p.float()
     weights = [_axis_weights(m, n).to(p.device) for m,n in zip(p.shape[1:], shape)]
+    if hu is not None: edge = _half_way(hu, p.shape[1:]).to(p.device)
     # Interpolation blurs, so that thin bone shrinks: ask what would come back on the coarse grid, and add what is missing.
     p = 2*p - _resample(p, [_axis_weights(n, m).to(p.device) @ w for m,n,w in zip(p.shape[1:], shape, weights)])
     jobs = []
@@ -105,6 +108,8 @@ def labels_from_grid(
     if not jobs: return out
     lo = [min(j[2][k][0] for j in jobs) for k in range(3)]
     hi = [max(j[2][k][1] for j in jobs) for k in range(3)]
+    size = [b-a for a,b in zip(lo, hi)]
+    share,bright = np.zeros(size, np.uint8),np.zeros(size, bool)   # for `_snap`: percent of bone, and is HU on the side of bone
     for z0 in range(lo[0], hi[0], 16):
         z1 = min(z0+16, hi[0])
         best = torch.zeros((z1-z0, hi[1]-lo[1], hi[2]-lo[2]), device=p.device)
@@ -117,9 +122,29 @@ def labels_from_grid(
             which[at][q > best[at]] = c
             best[at] = torch.maximum(best[at], q)
             total[at] += q
-        which[total < 0.5] = 0
+        if hu is None: which[total < 0.5] = 0
+        else:
+            part = torch.from_numpy(np.ascontiguousarray(hu[z0:z1, lo[1]:hi[1], lo[2]:hi[2]])).to(p.device)
+            half = _resample(edge, [weights[0][z0:z1], *(w[a:b] for w,a,b in zip(weights[1:], lo[1:], hi[1:]))])
+            bright[z0-lo[0]:z1-lo[0]] = (part > half).cpu().numpy()
+            share[z0-lo[0]:z1-lo[0]] = (total.clamp(0, 1)*100).byte().cpu().numpy()
         out[z0:z1, lo[1]:hi[1], lo[2]:hi[2]] = which.cpu().numpy()
+    if hu is not None: out[tuple(map(slice, lo, hi))][~_snap(share, bright, spacing)] = 0
     return out
+
+def _half_way(hu, shape, least=120):
+    "HU half-way between bone and what lies around it, (z, y, x) on the coarse grid; never below `least`, which is no bone"
+    x = torch.from_numpy(hu).clamp(0, 1500).float()[None]
+    high,low = F.adaptive_max_pool3d(x, shape),-F.adaptive_max_pool3d(-x, shape)
+    return (F.avg_pool3d((high+low)/2, 3, 1, 1, count_include_pad=False)[0]).clamp(min=least)
+
+def _snap(share, bright, spacing, maybe=10, surely=99, marrow=95, pore=2.):
+    "Bone: where it is sure, where it may be and HU agree, and marrow behind a cortex with pores of `pore` mm"
+    bone = (share >= surely) | (bright & (share >= maybe))
+    outside,_ = ndimage.label(np.pad(~bone, 1, constant_values=True))
+    bone = (outside != 1)[1:-1,1:-1,1:-1]                # what nothing leads to from the corner is a hole
+    closed = ndimage.grey_closing(bone.view(np.uint8), [2*round(pore/d)+1 for d in spacing]).view(bool)
+    return bone | (closed & (share >= marrow))
 
 # %% ../nbs/10_segmentation.ipynb #d3e9c567
 def network_input(
@@ -475,7 +500,7 @@ def predict_labels(
     else:
         hu = to_grid(volume.hu, volume.spacing, preset.spacing, device)   # not in `fast`: HU do not fit into bfloat16
         with fast(device): share = _forward_3d(models, hu)
-        labels = labels_from_grid(share, volume.hu.shape)
+        labels = labels_from_grid(share, volume.hu.shape, volume.hu, volume.spacing)
     return clean_labels(labels, volume.spacing)
 
 # %% ../nbs/10_segmentation.ipynb #6f172922

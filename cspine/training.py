@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save_file
-from .presets import TARGETS,CspineError,Preset,get_preset,progress
-from .rsna import find_studies,folds,read_folds,read_train,write_folds,write_whole
+from .presets import LEVELS,TARGETS,CspineError,Preset,get_preset,progress
+from .rsna import find_studies,folds,read_boxes,read_folds,read_train,write_folds,write_whole
 from .dicom import DicomError,read_series
 from .encoders import load_encoder_weights
-from .cropping import boxes_from_labels,crop_masks,crop_vertebrae
+from .cropping import boxes_from_labels,crop_masks,crop_slices,crop_vertebrae
 from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM,CropDataset,predict_probabilities
 from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,predict_labels,segmentation_loss)
@@ -295,10 +295,12 @@ _networks = {}   # one per fold, in each process that makes crops
 
 def crop_study(
     study:Path,             # folder of DICOM files
-    path:Path,              # .npz to write: crops, masks, present
+    path:Path,              # .npz to write: crops, masks, present, broken
     run:Path,               # segmentation run
     k:int,                  # its fold whose model labels the study
     preset:Preset,          # stage 1 as in the run, stage 2 as here
+    fractured:np.ndarray,   # (7,) bool of train.csv
+    found:pd.DataFrame,     # the study's rows of train_bounding_boxes.csv
 ):                          # number of vertebrae found, or a sentence: why there are none
     "Label a study, cut out its vertebrae, and keep them, whole or not at all"
     torch.set_num_threads(1)
@@ -308,11 +310,25 @@ def crop_study(
     except DicomError as e: return str(e)
     labels = predict_labels([_networks[run,k]], preset.segmentation, volume)
     boxes = boxes_from_labels(labels)
-    crops,present = crop_vertebrae(volume, boxes, preset.classification)
+    crops,present = crop_vertebrae(volume, boxes, preset.classification, labels)
+    broken = crop_slices(_fracture_boxes(study, volume, found), labels, volume.spacing, boxes, fractured, preset.classification)
     part = path.with_name(f'{path.stem}.part.npz')
-    np.savez(part, crops=crops, masks=crop_masks(labels, volume.spacing, boxes, preset.classification), present=present)
+    np.savez(part, crops=crops, masks=crop_masks(labels, volume.spacing, boxes, preset.classification), present=present, broken=broken)
     part.replace(path)
     return int(present.sum()) or 'stage 1 finds no vertebra in it'
+
+def _fracture_boxes(study, volume, found):
+    "(n, 6) int on the volume's grid; a slice_number is a file's name, and the file's header says where it lies"
+    from pydicom import dcmread
+    to_voxel,out = np.linalg.inv(volume.affine),[]
+    for x,y,w,h,n in found[['x','y','width','height','slice_number']].itertuples(index=False):
+        path = study/f'{int(n)}.dcm'
+        if not path.exists(): continue
+        position = dcmread(path, stop_before_pixels=True, specific_tags=['ImagePositionPatient']).get('ImagePositionPatient')
+        if position is None: continue
+        z = int(round((to_voxel @ [*map(float, position), 1])[0]))
+        if 0 <= z < volume.shape[0]: out.append((z, z+1, int(y), int(np.ceil(y+h)), int(x), int(np.ceil(x+w))))
+    return np.array(out, int).reshape(-1, 6)
 
 def cache_crops(
     data:Path,          # folder in the competition's layout
@@ -330,14 +346,17 @@ def cache_crops(
     weights = {k:hashlib.sha256((run/f'fold{k}'/'model.safetensors').read_bytes()).hexdigest() for k in trained}
     cls = preset.classification
     names = {u: k if k in trained else trained[0] for u,k in fold_of.items()}
-    key = {k:hashlib.sha256(repr((w, cls.slices, cls.size, cls.margin_mm, cls.window)).encode()).hexdigest()[:8] for k,w in weights.items()}
+    key = {k:hashlib.sha256(repr((w, cls.slices, cls.size, cls.margin_mm, cls.window, cls.isolate)).encode()).hexdigest()[:8] for k,w in weights.items()}
     paths = {u:folder/f'{u}_{key[k]}.npz' for u,k in names.items()}
     folder.mkdir(parents=True, exist_ok=True)
     studies = find_studies(data, 'train')
     why = {u:'it has no folder in train_images' for u in paths if u not in studies}
     todo = [u for u in paths if u in studies and not paths[u].exists()]
     if todo:
-        job = lambda u: delayed(_crop_job)(u, studies[u], paths[u], run, names[u], preset)
+        truth,drawn = read_train(data/'train.csv')[list(LEVELS)].astype(bool),data/'train_bounding_boxes.csv'
+        drawn = read_boxes(drawn) if drawn.exists() else pd.DataFrame(columns=['StudyInstanceUID','x','y','width','height','slice_number'])
+        drawn = dict(list(drawn.groupby('StudyInstanceUID'))) | {None:drawn[:0]}
+        job = lambda u: delayed(_crop_job)(u, studies[u], paths[u], run, names[u], preset, truth.loc[u].to_numpy(), drawn.get(u, drawn[None]))
         done = Parallel(min(workers, len(todo)), return_as='generator_unordered')(map(job, todo))
         why |= {u:said for u,said in progress(done, 'cropping studies', len(todo)) if isinstance(said, str)}
     for u in paths:
@@ -381,7 +400,7 @@ def train_classification(
             load_encoder_weights(model.encoder, cls.encoder, weights, print)
         sets = [CropDataset([paths[u] for u in us], table.loc[us, list(TARGETS)].to_numpy(), cls, t, preset.seed+k)
                 for us,t in ((train,True),(valid,False))]
-        log = fit(model, CompetitionLoss(cls.mask_loss), *sets, out/f'fold{k}', cls.epochs, cls.batch, cls.lr, cls.weight_decay, cls.ema,
+        log = fit(model, CompetitionLoss(cls.mask_loss, cls.slice_loss), *sets, out/f'fold{k}', cls.epochs, cls.batch, cls.lr, cls.weight_decay, cls.ema,
                   preset.seed+k, ClassificationFigures(), inputs=2, resume=resume)
         _finish_fold(out, k, log, dict(train=len(train), valid=len(valid),
             positives={t:int(n) for t,n in table.loc[train, list(TARGETS)].sum().items()}))   # for the bundle's odds
