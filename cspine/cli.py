@@ -210,3 +210,5 @@ def _sentence(e):
     text = ' '.join(str(e).split())
     if isinstance(e, (CspineError,OSError)) and text: return text
     return f'{type(e).__name__}{": " if text else ""}{text} (CSPINE_DEBUG=1 shows where)'
+
+if __name__ == '__main__' and '__file__' in globals(): main()   # python -m cspine.cli; a notebook has no __file__

@@ -82,7 +82,7 @@ class ClassificationPreset:
     encoder:str             # smp's name of the encoder
     pretrained:bool         # start from ImageNet weights where they can be had
     decoder_channels:tuple  # channels of the ResUNet's decoder; empty: no decoder, no map
-    slices:int              # slices per vertebra = channels of the encoder
+    slices:int              # slices per vertebra
     size:int                # side of the crop, px
     margin_mm:float         # mm added around the box
     window:tuple            # (width, level) in HU of the crop

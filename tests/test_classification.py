@@ -19,7 +19,7 @@ from cspine.segmentation import build_segmentation
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
                 segmentation=replace(TINY.segmentation, widths=(4, 8), low_widths=None, spacing=4., patch=16),
-                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), size=32,
+                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
 
@@ -34,8 +34,9 @@ def test_paper_at_full_size():
     crops = torch.randint(0, 256, (1, 7, 30, 256, 256), dtype=torch.uint8)
     present = torch.ones(1, 7, dtype=torch.bool)
     pred = model(crops, present)
-    assert pred[0].shape == (1, 8) and pred[1].shape == (1, 7, 256, 256)
-    loss = CompetitionLoss(preset.mask_loss)(pred, torch.tensor([[0, 1, 0, 0, 0, 0, 0, 1.]]), present, (crops[:, :, 0] > 127).byte()*255)
+    assert pred[0].shape == (1, 8) and pred[1].shape == (1, 7, 256, 256) and pred[2] is None
+    loss = CompetitionLoss(preset.mask_loss)(pred, torch.tensor([[0, 1, 0, 0, 0, 0, 0, 1.]]), present,
+                                             (crops[:, :, 0] > 127).byte()*255, torch.full((1, 7, 30), 255, dtype=torch.uint8))
     loss.backward()
     lost = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not lost   # every weight learns: encoder, decoder, map, LSTM
@@ -70,14 +71,16 @@ def test_it_learns_which_vertebra_is_broken():
     torch.manual_seed(0)
     preset = replace(SMALL.classification, dropout=0.)
     crops, masks, truth = broken_necks(32)
-    model, loss = CrackNetBiLSTM(preset), CompetitionLoss(.2)
+    model, loss = CrackNetBiLSTM(preset), CompetitionLoss(.2, 1.)
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
     x, m, y = torch.from_numpy(crops), torch.from_numpy(masks), torch.from_numpy(truth).float()
+    z = torch.zeros(32, 7, 30, dtype=torch.uint8)
+    z[:, :, 5:25] = y[:, :7, None].byte()
     there = torch.ones(32, 7, dtype=torch.bool)
     for epoch in range(25):
         for i in torch.randperm(32).split(8):
             opt.zero_grad()
-            loss(model(x[i], there[i]), y[i], there[i], m[i]).backward()
+            loss(model(x[i], there[i]), y[i], there[i], m[i], z[i]).backward()
             opt.step()
     new, masks, truth = broken_necks(12, seed=1)
     model.eval()
@@ -233,7 +236,7 @@ def test_slices_of_a_vertebra_share_one_transform(tmp_path):
     "A bone that is the same on every slice is so after augmentation too, in both pipelines"
     crops, masks, truth = broken_necks(1)
     crops[0] = crops[0, :, :1]
-    np.savez(tmp_path/'a.npz', crops=crops[0], masks=masks[0], present=np.ones(7, bool))
+    np.savez(tmp_path/'a.npz', crops=crops[0], masks=masks[0], present=np.ones(7, bool), broken=np.zeros((7, 30), np.uint8))
     for name in ('light', 'paper'):
         ds = CropDataset([tmp_path/'a.npz'], truth.astype(int), replace(SMALL.classification, augment=name))
         for ds.epoch in range(4):

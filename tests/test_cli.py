@@ -199,3 +199,9 @@ def test_page_of_a_submission_with_a_broken_study(data, bundle, tmp_path):
     assert len(pd.read_csv(tmp_path / 's.csv')) == 16
     html = (tmp_path / 's.html').read_text(encoding='utf-8')
     assert html.count('data:image/png') == 1 and html.count('<li>') >= 1 and '1.2.3' in html
+
+
+def test_as_a_module():
+    "`accelerate launch -m cspine.cli` and the like need it"
+    done = subprocess.run([sys.executable, '-m', 'cspine.cli', 'train', 'nothing'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'nothing' in done.stderr
