@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noisy_or', 'CrackNetBiLSTM', 'CompetitionLoss', 'CropDataset', 'with_prior', 'ClassificationFigures',
-           'classification_figures', 'predict_probabilities']
+           'classification_figures', 'fit_scale', 'predict_probabilities']
 
 # %% ../nbs/13_classification.ipynb #1e5a5033
 import numpy as np, pandas as pd, torch
@@ -59,6 +59,7 @@ class CrackNetBiLSTM(nn.Module):
         self.lstm = nn.LSTM(n, preset.hidden, preset.layers, batch_first=True, bidirectional=True,
                             dropout=preset.dropout if preset.layers > 1 else 0)
         self.vertebra = nn.Linear(2*preset.hidden, 1)
+        self.register_buffer('scale', torch.ones(8))   # of the logits, see `fit_scale`; with the weights, so that no bundle forgets it
         prior = PRIOR[list(TARGETS)].to_numpy()
         nn.init.constant_(self.vertebra.bias, float(np.log(prior[:7].mean()/(1-prior[:7].mean()))))   # start at the best constant
         if preset.patient == 'head':
@@ -109,7 +110,7 @@ class CrackNetBiLSTM(nn.Module):
             there = present[...,None]
             top = seen.masked_fill(~there, -1).amax(1)   # an LSTM's output lies in (-1, 1)
             patient = patient + self.patient(torch.cat([(seen*there).sum(1)/there.sum(1).clamp(min=1), top], 1))[:,0].float()
-        logits = torch.cat([vertebrae, patient[:,None]], 1)
+        logits = torch.cat([vertebrae, patient[:,None]], 1)*self.scale
         if own is not None: own = own.new_zeros(b, 7, h, w).masked_scatter(present[...,None,None], own)
         return logits,own,slices
 
@@ -212,6 +213,24 @@ def classification_figures(
     area = lambda y,p: float(roc_auc_score(y, p)) if 0 < y.mean() < 1 else float('nan')
     return dict(metric=metric(t, g), best_constant=metric(t, flat), auroc=area(truth[:,:7].ravel(), guess[:,:7].ravel()),
                 auroc_patient=area(truth[:,7], guess[:,7]))
+
+# %% ../nbs/13_classification.ipynb #be201421
+def fit_scale(
+    truth:np.ndarray,    # (studies, 8) 0 or 1
+    guess:np.ndarray,    # (studies, 8) probabilities of studies that the model has not seen
+    present:np.ndarray,  # (studies, 7) bool
+) -> np.ndarray:         # (8,) factors on the logits, from 1/4 to 4; 1 where there is nothing to learn from
+    "The factors under which the metric's log losses are least, one for the vertebrae and one for the patient"
+    from scipy.optimize import minimize_scalar
+    present = np.concatenate([present, present.any(1, keepdims=True)], 1)
+    logit,out = np.log(guess)-np.log1p(-guess),np.ones(8)
+    for part in (slice(0, 7), slice(7, 8)):
+        on = present[:,part]
+        x,y = logit[:,part][on],truth[:,part][on]
+        if 0 < y.sum() < len(y):
+            loss = lambda s: ((1+y)*np.logaddexp(0, np.where(y > 0, -x, x)*np.exp(s))).mean()
+            out[part] = np.exp(minimize_scalar(loss, bounds=(-np.log(4), np.log(4)), method='bounded').x)
+    return out
 
 # %% ../nbs/13_classification.ipynb #5bb806bf
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from .rsna import find_studies,folds,read_boxes,read_folds,read_train,write_fold
 from .dicom import DicomError,read_series
 from .encoders import load_encoder_weights
 from .cropping import boxes_from_labels,crop_masks,crop_slices,crop_vertebrae
-from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM,CropDataset,predict_probabilities
+from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM,CropDataset,fit_scale,predict_probabilities,with_prior
 from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,predict_labels,segmentation_loss)
 
@@ -178,10 +178,12 @@ def fit(
     sched = combine_scheds([warm, 1-warm], [SchedCos(lrs/20, lrs), SchedCos(lrs, lrs/1000)])
     if start < epochs: learn.fit(epochs, lr=lr, cbs=[ParamScheduler({'lr': sched})], start_epoch=start)
     if keeper.ema: model.load_state_dict(keeper.ema)
-    weights = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
-    save_file(weights, fold/'model.part')
-    os.replace(fold/'model.part', fold/'model.safetensors')
+    _save_weights(model, fold)
     return pd.DataFrame(keeper.rows)
+
+def _save_weights(model, fold):
+    save_file({k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, fold/'model.part')
+    os.replace(fold/'model.part', fold/'model.safetensors')
 
 # %% ../nbs/20_training.ipynb #4bd7700a
 def _versions():
@@ -404,17 +406,24 @@ def train_classification(
                   preset.seed+k, ClassificationFigures(), inputs=2, resume=resume)
         _finish_fold(out, k, log, dict(train=len(train), valid=len(valid),
             positives={t:int(n) for t,n in table.loc[train, list(TARGETS)].sum().items()}))   # for the bundle's odds
-        _write_oof(out, k, model, cls, fold_of, paths)
+        _write_oof(out, k, model, cls, fold_of, paths, table)
     return out
 
-def _write_oof(out, k, model, cls, fold_of, paths):
-    "Replace the fold's rows of oof.csv: StudyInstanceUID, fold, eight probabilities"
-    rows,device = {},next(model.parameters()).device
+def _write_oof(out, k, model, cls, fold_of, paths, table):
+    "Calibrate the fold's model; replace the fold's rows of oof.csv: StudyInstanceUID, fold, eight probabilities"
+    raw,seen,device = {},{},next(model.parameters()).device
+    model.scale.fill_(1)
     for u in progress(fold_of.index[fold_of == k], f'fold {k} out-of-fold answers'):
         crops,present = np.zeros((7, cls.slices, cls.size, cls.size), np.uint8),np.zeros(7, bool)
         if u in paths:
             with np.load(paths[u]) as f: crops,present = f['crops'],f['present']
-        rows[u] = dict(fold=k, **dict(zip(TARGETS, predict_probabilities([model], cls, crops, present, device))))
+        raw[u],seen[u] = predict_probabilities([model], cls, crops, present, device),present
+    p,there = np.array(list(raw.values())),np.array(list(seen.values()))
+    scale = fit_scale(table.loc[list(raw), list(TARGETS)].to_numpy(), p, there)
+    model.scale.copy_(torch.from_numpy(scale))
+    _save_weights(model, out/f'fold{k}')
+    p = with_prior(1/(1+(1/p-1)**scale), there)
+    rows = {u:dict(fold=k, **dict(zip(TARGETS, row))) for u,row in zip(raw, p)}
     new,path = pd.DataFrame(rows).T.rename_axis('StudyInstanceUID'),out/'oof.csv'
     if path.exists():
         old = pd.read_csv(path, dtype={'StudyInstanceUID':str}).set_index('StudyInstanceUID')
