@@ -136,7 +136,7 @@ def _half_way(hu, shape, least=120):
     "HU half-way between bone and what lies around it, (z, y, x) on the coarse grid; never below `least`, which is no bone"
     x = torch.from_numpy(hu).clamp(0, 1500).float()[None]
     high,low = F.adaptive_max_pool3d(x, shape),-F.adaptive_max_pool3d(-x, shape)
-    return (F.avg_pool3d((high+low)/2, 3, 1, 1, count_include_pad=False)[0]).clamp(min=least)
+    return torch.from_numpy(ndimage.uniform_filter((high+low)[0].numpy()/2, 3, mode='nearest')).clamp(min=least)
 
 def _snap(share, bright, spacing, maybe=10, surely=99, marrow=95, pore=2.):
     "Bone: where it is sure, where it may be and HU agree, and marrow behind a cortex with pores of `pore` mm"

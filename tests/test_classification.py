@@ -19,7 +19,7 @@ from cspine.segmentation import build_segmentation
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
                 segmentation=replace(TINY.segmentation, widths=(4, 8), low_widths=None, spacing=4., patch=16),
-                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, size=32,
+                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
 
