@@ -95,14 +95,14 @@ class CrackNetBiLSTM(nn.Module):
         f,slices = self.norm(f),None
         if g > 1:
             slices = f.new_zeros(b, 7, g)
-            slices[present] = self.slice(self.drop(f))[:,0].unflatten(0, (-1, g))
-            f = F.gelu(self.squeeze(self.drop(f))).unflatten(0, (-1, g))
+            slices[present] = self.slice(self.drop(f))[:,0].float().unflatten(0, (-1, g))
+            f = F.gelu(self.squeeze(self.drop(f))).float().unflatten(0, (-1, g))
             f = torch.cat([f.mean(1), f.amax(1)], 1)
             if own is not None: own = own.unflatten(0, (-1, g)).mean(1)
         sequence = f.new_zeros(b, 7, f.shape[1])
         sequence[present] = self.drop(f)
-        seen,_ = self.lstm(sequence)
-        seen = self.drop(seen).float()
+        with torch.autocast(sequence.device.type, enabled=False): seen,_ = self.lstm(sequence)   # a CPU has no LSTM in half precision
+        seen = self.drop(seen)
         vertebrae = self.vertebra(seen)[...,0].float()
         if g > 1: vertebrae = vertebrae + self.weight*(slices.logsumexp(2) - np.log(g))
         patient = noisy_or(vertebrae, present)

@@ -171,7 +171,7 @@ PRESETS = dict(
             augment='neck3d', epochs=3, steps=180, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
             size=128, margin_mm=4., window=(1800,400), isolate=True, group=3, slice_loss=1., classes=7, hidden=128, layers=2, patient='head',
-            mask_loss=0., dropout=0.2, augment='light', epochs=4, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99)),
+            mask_loss=0., dropout=0.2, augment='light', epochs=8, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99)),
 )
 
 def get_preset(

@@ -48,6 +48,23 @@ def test_paper_at_full_size():
     assert p[7] >= p[:7].max() - 1e-9   # noisy or
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('preset', [SMALL.classification, replace(SMALL.classification, decoder_channels=())], ids=['map', 'no map'])
+def test_mixed_precision(preset, dtype):
+    "What a GPU, or a CPU with bfloat16, does in training: half precision inside, float32 answers close to the full ones"
+    torch.manual_seed(0)
+    model = CrackNetBiLSTM(replace(preset, dropout=0.)).train()
+    crops, present = torch.randint(0, 256, (2, 7, 30, 32, 32), dtype=torch.uint8), torch.rand(2, 7) < .8
+    with torch.no_grad(): full = model(crops, present)
+    with torch.autocast('cpu', dtype): half = model(crops, present)
+    for f, h in zip(full, half):
+        if f is None: assert h is None; continue
+        assert h.dtype == torch.float32 and (f-h)[..., :7].abs().max() < .1*max(1, f.abs().max())
+    CompetitionLoss(.2, 1.)(half, torch.ones(2, 8), present, crops[:, :, 0], torch.zeros(2, 7, 30, dtype=torch.uint8)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert all(model.get_parameter(n).grad is not None for n in ('slice.weight', 'squeeze.weight', 'vertebra.weight'))
+
+
 def test_tiny_fits_the_demo_bundle():
     n = sum(v.numel() for v in CrackNetBiLSTM(TINY.classification).state_dict().values())
     assert 2*n < 11e6   # bytes as float16; 20 MB, less 8 MB for stage 1
