@@ -136,7 +136,7 @@ def submit(
     device: Device = None,
     page: Annotated[Path | None, Option(metavar='FILE', help='HTML page to write, with pictures.', show_default=False)] = None,
     truth: Annotated[Path | None, Option(metavar='CSV', help='Table like train.csv: the page then shows the score.', show_default=False)] = None,
-    pictures: Annotated[int, Option(min=0, metavar='N', help='Studies on the page that get a picture.')] = 4,
+    pictures: Annotated[int, Option(min=0, metavar='N', help='Studies on the page that get a picture, the likeliest fractures.')] = 4,
 ) -> dict:
     "Predict every study of a folder and write the submission."
     from cspine_submission import submit
@@ -147,7 +147,7 @@ def submit(
 
 # %% ../nbs/40_cli.ipynb #98c18e8c
 def _page(page, report, truth, bundle, device, pictures):
-    "The page of a submission: what its report says of each study, and a picture of the first that could be read"
+    "The page of a submission: what its report says of each study, and pictures of the likeliest fractures"
     import pandas as pd
     from cspine.bundle import default_bundle
     from cspine.dicom import read_series
@@ -160,10 +160,11 @@ def _page(page, report, truth, bundle, device, pictures):
     pipeline = Pipeline(default_bundle() if bundle is None else bundle, device=device)   # named: `submit` has said which
     folders,entries = find_studies(report['data'], 'test'),[]
     readable = [uid for uid,study in report['study'].items() if study['status'] != STOOD_IN]
+    pictured = sorted(readable, key=lambda uid: -report['study'][uid]['probabilities']['patient_overall'])[:pictures]
     for uid in progress(report['study'], 'page'):
         study = report['study'][uid]
         known = answers.loc[uid] if answers is not None and uid in answers.index else None
-        if uid in readable[:pictures]:
+        if uid in pictured:
             volume = read_series(folders[uid])
             entries.append(entry(volume, pipeline.predict(volume), known))
         else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=known, notes=_notes(study),

@@ -183,6 +183,8 @@ def test_submit_and_score(data, bundle, tmp_path):
     html = page.read_text(encoding='utf-8')
     assert html.count('data:image/png') == 1 and f'{score:.4f}' in html and f'{constant:.4f}' in html
     assert all(uid in html for uid in asked.StudyInstanceUID)
+    likeliest = rows[rows.row_id.str.endswith('patient_overall')].sort_values('fractured').row_id.iloc[-1]
+    assert f'>{likeliest.removesuffix("_patient_overall")}</a>' in html   # the one that has a picture
     s = cli.score(truth, csv)
     assert (round(s['score'], 4), round(s['best_constant'], 4)) == (score, constant)
 
