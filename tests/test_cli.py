@@ -183,10 +183,16 @@ def test_submit_and_score(data, bundle, tmp_path):
     html = page.read_text(encoding='utf-8')
     assert html.count('data:image/png') == 1 and f'{score:.4f}' in html and f'{constant:.4f}' in html
     assert all(uid in html for uid in asked.StudyInstanceUID)
-    likeliest = rows[rows.row_id.str.endswith('patient_overall')].sort_values('fractured').row_id.iloc[-1]
-    assert f'>{likeliest.removesuffix("_patient_overall")}</a>' in html   # the one that has a picture
     s = cli.score(truth, csv)
     assert (round(s['score'], 4), round(s['best_constant'], 4)) == (score, constant)
+
+
+def test_page_pictures_the_likeliest_fractures(data, bundle, tmp_path):
+    report = cli.submit(data, bundle=bundle, out=tmp_path / 's.csv')
+    first, second = report['study']
+    for uid, p in ((first, .1), (second, .9)): report['study'][uid]['probabilities']['patient_overall'] = p
+    html = Path(cli._page(tmp_path / 's.html', report, None, bundle, 'cpu', 1)).read_text(encoding='utf-8')
+    assert f'>{second}</a>' in html and f'>{first}</a>' not in html
 
 
 def test_page_of_a_submission_with_a_broken_study(data, bundle, tmp_path):
