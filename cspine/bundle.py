@@ -35,11 +35,13 @@ class Bundle:
 # %% ../nbs/21_bundle.ipynb #fdac6327
 def _build(stage, preset):
     "A model of the stage with random weights; nothing is downloaded"
-    if stage == 'segmentation':
-        from cspine.segmentation import build_segmentation
-        return build_segmentation(preset.segmentation)
     from cspine.classification import CrackNetBiLSTM
-    return CrackNetBiLSTM(preset.classification)
+    from cspine.segmentation import build_segmentation
+    try: return build_segmentation(preset.segmentation) if stage == 'segmentation' else CrackNetBiLSTM(preset.classification)
+    except CspineError: raise
+    except Exception as e:   # smp and timm have many ways to say that they do not know a name or a number
+        raise CspineError(f'no {stage} model can be built from preset {preset.name} ({" ".join(str(e).split())[:160]}); '
+                          'this version of cspine, or of the libraries under it, does not know it') from None
 
 # %% ../nbs/21_bundle.ipynb #17787ed2
 def _half(state):
@@ -103,7 +105,7 @@ def _write_bundle(out, preset, weights, prior, odds, card):
     "Write it beside `out` and rename: there is a whole bundle or none. `weights`: stage -> fold -> state dict"
     from safetensors.torch import save
     out = Path(out)
-    if out.exists() and not (out/'bundle.json').exists() and (out.is_file() or any(out.iterdir())):
+    if out.exists() and (out.is_file() or any(out.iterdir())) and not _is_bundle(out):
         raise CspineError(f'{out} exists and is not a bundle; name another --out, or remove it')
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
@@ -119,10 +121,23 @@ def _write_bundle(out, preset, weights, prior, odds, card):
         meta = dict(format=FORMAT, preset=preset.to_dict(), stages=stages, prior={t:float(prior[t]) for t in TARGETS},
                     odds={t:float(odds[t]) for t in TARGETS}, card=card)
         (new/'bundle.json').write_text(json.dumps(meta, indent=1, allow_nan=False)+'\n', encoding='utf-8')
-        if out.exists(): out.rename(tmp/'old')
+        if out.exists():
+            for f in out.iterdir():   # what is not the old bundle's own, dataset-metadata.json for one, stays
+                if f.is_dir(): shutil.copytree(f, new/f.name, symlinks=True)
+                elif f.name != 'bundle.json' and not _FILE.fullmatch(f.name): shutil.copy2(f, new/f.name)
+            out.rename(tmp/'old')
         new.rename(out)
-    finally: shutil.rmtree(tmp)
+    finally:
+        if (tmp/'old').exists() and not out.exists(): (tmp/'old').rename(out)
+        shutil.rmtree(tmp)
     return out
+
+_FILE = re.compile(rf'({"|".join(STAGES)})_fold[0-9]+\.safetensors')
+
+def _is_bundle(folder):
+    "Does the folder hold a bundle of ours, of whatever version?"
+    try: return {'format','preset','stages'} <= set(json.loads((folder/'bundle.json').read_text(encoding='utf-8')))
+    except (OSError,ValueError,TypeError): return False
 
 # %% ../nbs/21_bundle.ipynb #b119ae5d
 PSEUDO = 20   # studies
@@ -132,9 +147,12 @@ def prevalence_odds(
 ) -> pd.Series:   # factor per target, indexed by TARGETS; 1 where a run does not say
     "What odds learnt at the training studies' prevalence are multiplied by, to stand at the competition's"
     from cspine.rsna import PREVALENCE
-    seen = [f['studies'] for run in cards for f in run.get('figures', {}).values() if 'positives' in f.get('studies', {})]
-    n,q = sum(s['train'] for s in seen),PREVALENCE[list(TARGETS)]
-    k = pd.Series({t:sum(s['positives'][t] for s in seen) for t in TARGETS})
+    try:
+        seen = [f['studies'] for run in cards for f in run.get('figures', {}).values() if 'positives' in f.get('studies', {})]
+        n,q = sum(int(s['train']) for s in seen),PREVALENCE[list(TARGETS)]
+        k = pd.Series({t:sum(int(s['positives'][t]) for s in seen) for t in TARGETS})
+    except (AttributeError,KeyError,TypeError,ValueError):
+        raise CspineError('run.json of a classification run is damaged: its figures do not say how many studies it was trained on; train it again') from None
     p = (k + PSEUDO*q)/(n + PSEUDO)
     return (q/(1-q))/(p/(1-p))
 

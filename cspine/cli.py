@@ -38,6 +38,11 @@ def _fold(text):
     if str(text) == 'all' or str(text).isdecimal(): return str(text)
     raise BadParameter(f'{text!r} is neither a fold (0, 1, ...) nor all')
 
+def _new_file(path):
+    "Where a file can be written; told before an hour's work, not after it"
+    if path is not None and path.is_dir(): raise BadParameter(f'{path} is a folder; name the file to write')
+    return path
+
 Study = Annotated[Path, Argument(metavar='STUDY', help='Folder of one study: DICOM files.', show_default=False)]
 BundleOption = Annotated[Path | None, Option(metavar='BUNDLE', help='Folder of a trained bundle; without it, the demo bundle.', show_default=False)]
 Data = Annotated[Path, Option(metavar='DIR', help="Folder in the competition's layout (train.csv, train_images/, segmentations/).", show_default=False)]
@@ -70,7 +75,7 @@ def phantom(
 @app.command(epilog='Example: cspine inspect data/test_images/1.2.3 --png study.png')
 def inspect(
     study: Study,
-    png: Annotated[Path | None, Option(metavar='FILE', help='Picture to write: three slices through the middle.', show_default=False)] = None,
+    png: Annotated[Path | None, Option(callback=_new_file, metavar='FILE', help='Picture to write: three slices through the middle.', show_default=False)] = None,
 ):
     "Read a series and say what there is to know of it."
     from cspine.report import inspect
@@ -112,7 +117,7 @@ def predict(
     study: Study,
     bundle: BundleOption = None,
     device: Device = None,
-    page: Annotated[Path | None, Option(metavar='FILE', help='HTML page to write, with the pictures.', show_default=False)] = None,
+    page: Annotated[Path | None, Option(callback=_new_file, metavar='FILE', help='HTML page to write, with the pictures.', show_default=False)] = None,
 ):
     "Eight probabilities for one study."
     from cspine.dicom import read_series
@@ -131,17 +136,24 @@ def predict(
 def submit(
     data: Annotated[Path, Option(metavar='DIR', help='Folder with test.csv and test_images/, or a folder of study folders.', show_default=False)],
     bundle: BundleOption = None,
-    out: Annotated[Path, Option(metavar='CSV', help='Submission to write.')] = Path('submission.csv'),
+    out: Annotated[Path, Option(callback=_new_file, metavar='CSV', help='Submission to write.')] = Path('submission.csv'),
     workers: Annotated[int | None, Option(min=0, metavar='N', help='Processes that read ahead.', show_default=False)] = None,
     device: Device = None,
-    page: Annotated[Path | None, Option(metavar='FILE', help='HTML page to write, with pictures.', show_default=False)] = None,
-    truth: Annotated[Path | None, Option(metavar='CSV', help='Table like train.csv: the page then shows the score.', show_default=False)] = None,
+    page: Annotated[Path | None, Option(callback=_new_file, metavar='FILE', help='HTML page to write, with pictures.', show_default=False)] = None,
+    truth: Annotated[Path | None, Option(metavar='CSV', help='Table like train.csv: the score is then shown, on the page too.', show_default=False)] = None,
     pictures: Annotated[int, Option(min=0, metavar='N', help='Studies on the page that get a picture, the likeliest fractures.')] = 4,
 ) -> dict:
     "Predict every study of a folder and write the submission."
+    from cspine.rsna import read_train,score,test_rows
     from cspine_submission import submit
+    if truth is not None:   # what is wrong with it is said now, not when all is predicted
+        odd = set(read_train(truth).index) ^ set(test_rows(data)['StudyInstanceUID'])
+        if odd: raise CspineError(f'{truth} and {data} hold different studies: {min(odd)}{f" and {len(odd)-1} more are" if len(odd) > 1 else " is"} in one of them only')
     report = submit(data, bundle=bundle, out=out, device=device, workers=workers)
     print(f"submission: {report['path']}")
+    if truth is not None:
+        s = score(truth, report['path'])
+        print(f"score: {s['score']:.4f} (best constant {s['best_constant']:.4f})")
     if page is not None: print(f'page: {_page(page, report, truth, bundle, device, pictures)}')
     return report
 
@@ -200,7 +212,13 @@ def main(
     args:list[str]|None=None,  # instead of the shell's
 ):
     "Run a command line; always ends with SystemExit: 0 done, 2 wrong usage, 1 and a sentence on anything else"
+    for stream in (sys.stdout, sys.stderr):   # a name that the terminal cannot show is no reason to fail
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try: app(args, prog_name='cspine')
+    except SystemExit as stop:
+        if stop.code != 130: raise
+        print('cspine: stopped; what was written is whole, and the same command goes on from there where it can', file=sys.stderr, flush=True)
+        os._exit(130)   # Ctrl-C: a thread that is still in torch's native code would abort an orderly end
     except Exception as e:
         if os.environ.get('CSPINE_DEBUG') == '1': raise
         print(f'cspine: {_sentence(e)}', file=sys.stderr)

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from scipy.ndimage import gaussian_filter1d, uniform_filter1d
 from .presets import CspineError, LEVELS, TARGETS, progress
 from .dicom import Volume, write_series
-from .rsna import PREVALENCE, write_mask
+from .rsna import PREVALENCE, write_mask, write_whole
 
 # %% ../nbs/04_phantom.ipynb #d45319e4
 _F = np.float32
@@ -542,12 +542,14 @@ def phantom(out, # folder to make
     if not 0 < rate <= 5: raise CspineError(f'rate={rate} is outside 0 to 5 times the competition\'s prevalence.')
     if seed < 0: raise CspineError(f'seed={seed}: a seed is 0 or more.')
     if facts.exists():
-        if (had := json.loads(facts.read_text()))['asked'] != asked:
+        try: had = json.loads(facts.read_text()); had['asked'], had['complete']
+        except (OSError, ValueError, KeyError, TypeError): raise CspineError(f'{facts} is damaged, or not of `cspine phantom`; delete {out}, or choose another folder.') from None
+        if had['asked'] != asked:
             raise CspineError(f"{out} already holds phantoms made with {had['asked']}, not {asked}; choose another folder or delete it.")
         if had['complete']: print(f'reusing the {train} + {test} phantoms in {out}'); return out
     elif out.exists() and any(out.iterdir()): raise CspineError(f'{out} exists and holds something else; choose an empty folder.')
     for d in ('.parts', 'train_images', 'test_images', 'segmentations', 'test_segmentations'): (out/d).mkdir(parents=True, exist_ok=True)
-    facts.write_text(json.dumps(dict(asked=asked, complete=False)))
+    write_whole(facts, json.dumps(dict(asked=asked, complete=False)))
     jobs = [('train', i) for i in range(train)] + [('test', train + i) for i in range(test)]
     work = partial(_write_study, out=out, size=size, seed=seed, rate=rate); workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers == 1: done = list(progress(map(work, jobs), 'phantoms', len(jobs)))
@@ -556,7 +558,7 @@ def phantom(out, # folder to make
             done = list(progress(pool.map(work, jobs), 'phantoms', len(jobs)))
     _write_tables(out, done)
     for f in (out/'.parts').iterdir(): f.unlink()
-    (out/'.parts').rmdir(); facts.write_text(json.dumps(dict(asked=asked, complete=True)))
+    (out/'.parts').rmdir(); write_whole(facts, json.dumps(dict(asked=asked, complete=True)))
     return out
 
 def _write_tables(out, done):

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'TARGETS', 'CLASSES', 'PRESETS', 'CspineError', 'progress',
            'Preset', 'get_preset', 'presets']
 
 # %% ../nbs/00_presets.ipynb #babf8b0d
-import sys,time
+import re,sys,time
 from dataclasses import dataclass,asdict,fields
 
 # %% ../nbs/00_presets.ipynb #3fccd32a
@@ -128,6 +128,12 @@ class Preset:
 # %% ../nbs/00_presets.ipynb #7141ae42
 _CHOICES = dict(model=('unet2d','unet3d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice'),
                 augment=('paper','neck3d','light','none'), patient=('noisy_or','head'))
+# What a number may be. A preset may come with a bundle from elsewhere: nothing in it may take the machine down.
+_LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64), size=(16,2048), spacing=(.5,20), patch=(8,512), widths=(1,2048),
+               low_widths=(1,2048), decoder_channels=(1,2048), low_epochs=(0,10000), low_steps=(0,10**6), epochs=(1,10000), steps=(1,10**6), batch=(1,4096),
+               lr=(1e-9,10), weight_decay=(0,10), ema=(0,.99999), slices=(1,512), margin_mm=(0,100), window=(-10000,10000), group=(1,512),
+               slice_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(1,16), dropout=(0,.99))
+_ENCODER = re.compile(r'[A-Za-z0-9_.-]+')   # timm takes "hf-hub:..." and "local-dir:..." for a place to load from
 
 def _plain(d): return {k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k,v in d.items()}
 
@@ -151,7 +157,19 @@ def _checked(cls, d, where):
             raise CspineError(f'{where} field {k} of the preset should be {" or ".join(t.__name__ for t in kind)}, got {v!r}')
         if k in _CHOICES and v not in _CHOICES[k]:
             raise CspineError(f'{where} field {k} of the preset should be one of {", ".join(_CHOICES[k])}, got {v!r}')
+        if k in _LIMITS and v is not None:
+            low,high = _LIMITS[k]
+            for n in v if isinstance(v, tuple) else (v,):
+                if isinstance(n, bool) or not isinstance(n, (int,float)) or not low <= n <= high:
+                    raise CspineError(f'{where} field {k} of the preset should lie in {low:g} to {high:g}, got {v!r}')
+        if k == 'encoder' and v is not None and not _ENCODER.fullmatch(v):
+            raise CspineError(f'{where} field encoder of the preset should be the name of an encoder of segmentation-models-pytorch, got {v!r}')
         out[k] = v
+    if len(out.get('window', (1,2))) != 2 or out.get('window', (1,2))[0] <= 0:
+        raise CspineError(f'{where} field window of the preset should be (width, level) in HU with a width above 0, got {out["window"]!r}')
+    needs = dict(unet2d=('encoder','size'), unet3d=('spacing','patch','widths')).get(out.get('model'), ())
+    for k in needs:
+        if not out[k]: raise CspineError(f'{where} field {k} of the preset must be set for a {out["model"]}')
     return out
 
 # %% ../nbs/00_presets.ipynb #f547f6b1

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from .bundle import DISCLAIMER
-from .dicom import Volume,read_series
+from .dicom import Volume,read_series,study_files
 from .presets import LEVELS,TARGETS
 from .rsna import write_whole
 from .windowing import WINDOWS,window
@@ -275,11 +275,10 @@ def _tilt(affine):
 def _syntaxes(study):
     "How the pixels of the folder's DICOM files are stored, by number of files"
     from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
     n = Counter()
-    for f in sorted(p for p in Path(study).iterdir() if p.is_file()):
+    for f in study_files(study):
         try: n[dcmread(f, stop_before_pixels=True, specific_tags=['Modality']).file_meta.TransferSyntaxUID.name] += 1
-        except (InvalidDicomError,OSError,AttributeError): n['not DICOM'] += 1
+        except Exception: n['not DICOM, or damaged'] += 1   # a damaged header can raise almost anything
     return n
 
 def facts(

@@ -146,7 +146,9 @@ def read_submission(
 
 # %% ../nbs/03_rsna.ipynb #6be6a748
 def _folders(path):
-    try: return {p.name: p for p in sorted(Path(path).iterdir()) if p.is_dir() and not p.name.startswith(('.','__MACOSX'))}
+    # <out>.parts is the runner's own: a submission may lie beside its studies
+    try: return {p.name: p for p in sorted(Path(path).iterdir())
+                 if p.is_dir() and not p.name.startswith(('.','__MACOSX')) and not p.name.endswith('.parts')}
     except OSError as e: raise TableError(f'{path} cannot be listed: {e.strerror}') from None
 
 def find_studies(
@@ -161,6 +163,8 @@ def find_studies(
     if images.is_dir(): return _folders(images)
     if split == 'train': raise TableError(f'{data} has no train_images folder: --data takes a folder in the competition\'s layout')
     if (data/'test.csv').exists(): return {}
+    if (data/'train_images').is_dir():
+        raise TableError(f'{data} has train_images but no test_images; to answer those as if they were test studies, give {data}/train_images')
     if any(data.glob('*.dcm')): raise TableError(f'{data} holds slices, so it is one study: give the folder that contains it')
     found = _folders(data)
     if not found: raise TableError(f'{data} has neither test.csv nor study folders')
@@ -172,7 +176,11 @@ def test_rows(
     "The rows to answer: those of `test.csv`, else eight per study folder, in the order of `TARGETS`"
     csv_path = Path(data)/'test.csv'
     if csv_path.exists(): return read_test(csv_path)
-    rows = [(f'{u}_{t}', u, t) for u in find_studies(data, 'test') for t in TARGETS]
+    studies = find_studies(data, 'test')
+    for u in studies:
+        try: u.encode()
+        except UnicodeEncodeError: raise TableError(f'{data} holds the study {u!a}, whose name is not UTF-8 and fits into no CSV: rename the folder') from None
+    rows = [(f'{u}_{t}', u, t) for u in studies for t in TARGETS]
     return pd.DataFrame(rows, columns=[ROW,UID,KIND])
 test_rows.__test__ = False   # pytest: not a test
 
@@ -182,7 +190,8 @@ def write_whole(
     content,        # str or bytes
 )->Path:            # the file
     "Write a file through a temporary one beside it and a rename: whole or not at all"
-    path = Path(path)
+    path = Path(os.path.realpath(path))          # what a link points to, not the link
+    if path.exists() and not path.is_file(): raise CspineError(f'{path} is a folder or a device: name a file to write')
     path.parent.mkdir(parents=True, exist_ok=True)
     fd,tmp = tempfile.mkstemp(prefix=f'.{path.name[:80]}.', dir=path.parent)
     try:

@@ -220,14 +220,16 @@ def _start_run(out, kind, preset, table, resume, known=None):
         if resume and not same:
             raise CspineError(f'{out} was begun with another preset or number of epochs; resume it with those, or choose another folder')
         if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
+    elif out.exists() and (out.is_file() or any(out.iterdir())):
+        raise CspineError(f'{out} exists and is no run folder; choose another --out, or empty it')
     out.mkdir(parents=True, exist_ok=True)
     fold_of = known[known.index.isin(table.index)] if known is not None else pd.Series(dtype=int)
     if len(new := table[~table.index.isin(fold_of.index)]):
         few = len(fold_of) and len(new) < preset.folds
         dealt = pd.Series(range(len(new)), new.index) % preset.folds if few else folds(new, preset.folds, preset.seed)
         fold_of = pd.concat([fold_of, dealt]) if len(fold_of) else dealt
-    write_folds(fold_of, out/'folds.csv')
     _write_json(path, d)
+    write_folds(fold_of, out/'folds.csv')
     return out,fold_of
 
 def _finish_fold(out, k, log, data):

@@ -39,6 +39,14 @@ def read(folder):
     return volume
 
 
+def read_below(folder):
+    """`read` for a study whose file lies in a subfolder."""
+    below = Path(folder) / "series"
+    volume = read(below if below.exists() else folder)
+    volume.uid = Path(folder).name
+    return volume
+
+
 class FakePipeline:
     """Answers hu / 1000 for every target, or fails as the study says."""
 

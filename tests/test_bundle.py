@@ -127,6 +127,13 @@ def test_runs_of_another_kind_or_preset(tmp_path):
         bundle([tmp_path/'yolo'], tmp_path/'b')
 
 
+def test_figures_that_say_nothing(tmp_path):
+    make_run(tmp_path/'seg', 'segmentation')
+    make_run(tmp_path/'cls', 'classification', figures=dict(fold0=dict(studies=dict(positives=3))))
+    with pytest.raises(CspineError, match='run.json of a classification run is damaged'):
+        bundle([tmp_path/'seg', tmp_path/'cls'], tmp_path/'b')
+
+
 def test_weights_of_another_model_are_refused_when_bundling(tmp_path):
     p = small_preset()
     make_run(tmp_path/'seg', 'segmentation', replace(p, segmentation=replace(p.segmentation, widths=(4, 8, 24))))
@@ -153,7 +160,19 @@ def test_a_bundle_is_replaced_and_anything_else_is_left_alone(tmp_path, written)
     (tmp_path/'mine'/'thesis.txt').write_text('years of work')
     with pytest.raises(CspineError, match='is not a bundle'):
         random_bundle(tmp_path/'mine')
+    (tmp_path/'mine'/'bundle.json').write_text('{"name": "the bundle of another program"}')
+    with pytest.raises(CspineError, match='is not a bundle'):
+        random_bundle(tmp_path/'mine')
     assert (tmp_path/'mine'/'thesis.txt').read_text() == 'years of work'
+    # Kaggle's own description of a data set, and what a user keeps beside it, stay; weights of a fold that is no more go
+    (written/'dataset-metadata.json').write_text('{}')
+    (written/'notes').mkdir()
+    (written/'notes'/'a.txt').write_text('kept')
+    random_bundle(written, folds=2)
+    random_bundle(written, folds=1)
+    assert sorted(f.name for f in written.iterdir()) == ['bundle.json', 'classification_fold0.safetensors', 'dataset-metadata.json', 'notes',
+                                                         'segmentation_fold0.safetensors']
+    assert (written/'notes'/'a.txt').read_text() == 'kept'
 
 
 def test_a_failed_write_leaves_the_old_bundle_and_no_rubbish(written, monkeypatch):
@@ -189,6 +208,10 @@ def put(data):
     return change
 
 
+def preset(stage, **fields):
+    return lambda folder: edit(folder, lambda d: d['preset'][stage].update(fields))
+
+
 def flip(folder):
     f = folder/'classification_fold0.safetensors'
     b = bytearray(f.read_bytes())
@@ -210,6 +233,17 @@ def cut(folder):
     (reset(format=None), 'bundle format None'),
     (reset(preset=None), 'preset'),
     (lambda f: edit(f, in_preset), 'unknown field colour'),
+    (preset('classification', encoder='tu-hf-hub:somebody/model'), 'field encoder'),   # timm would go to the network
+    (preset('classification', encoder='tu-local-dir:/etc'), 'field encoder'),
+    (preset('classification', encoder='resnet_of_tomorrow'), 'no classification model can be built'),
+    (preset('classification', size=10**6), 'size of the preset should lie in 16 to 2048'),
+    (preset('classification', group=0), 'group'),
+    (preset('classification', window=[0, 0]), 'window'),
+    (preset('classification', window=[1800]), 'window'),
+    (preset('segmentation', spacing=0), 'spacing of the preset should lie in'),
+    (preset('segmentation', spacing=None), 'spacing of the preset must be set'),
+    (preset('segmentation', widths=None), 'widths of the preset must be set'),
+    (preset('segmentation', widths=['a']), 'widths'),
     (reset(prior=None), 'prior'),
     (with_prior(C1=0), 'prior'),
     (with_prior(C1='0.5'), 'prior'),

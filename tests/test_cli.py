@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import os
 import re
 import subprocess
 import sys
@@ -185,6 +186,28 @@ def test_submit_and_score(data, bundle, tmp_path):
     assert all(uid in html for uid in asked.StudyInstanceUID)
     s = cli.score(truth, csv)
     assert (round(s['score'], 4), round(s['best_constant'], 4)) == (score, constant)
+
+
+def test_what_is_wrong_with_the_truth_is_said_first(data, bundle, tmp_path):
+    def submit(*args): return fails(1, 'submit', '--data', data, '--bundle', bundle, '--out', tmp_path / 's.csv', *args)
+    assert 'nowhere.csv does not exist' in submit('--truth', 'nowhere.csv')
+    assert 'hold different studies' in submit('--truth', data / 'train.csv')
+    for option in ('--page', '--out'): assert 'is a folder' in fails(2, 'submit', '--data', data, option, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_in_a_sentence():
+    code = ('import os, signal, threading\nfrom cspine import cli, presets\n'
+            'def wait(*a): os.kill(os.getpid(), signal.SIGINT); threading.Event().wait(20)\n'
+            'presets.presets = wait\ncli.main(["presets"])')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith('cspine: stopped')
+
+
+def test_a_name_that_the_terminal_cannot_show():
+    code = 'import pandas as pd\nfrom cspine import cli, presets\npresets.presets = lambda: pd.Series(["gr\\xfcn"])\ncli.main(["presets"])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 0 and done.stdout == '0    gr\\xfcn\n', done.stderr
 
 
 def test_page_pictures_the_likeliest_fractures(data, bundle, tmp_path):

@@ -115,6 +115,21 @@ def test_wheels_are_installed_only_where_cspine_is_missing(tmp_path, monkeypatch
         subprocess.run = run
 
 
+def test_the_table_that_has_scans_beside_it_is_taken(tmp_path, monkeypatch):
+    """Also where another data set holds a test.csv nearer to the top."""
+    data = tmp_path / "competitions" / COMPETITION
+    (data / "test_images").mkdir(parents=True)
+    for folder in (data, tmp_path / "mine"):
+        folder.mkdir(exist_ok=True)
+        (folder / "test.csv").write_text("")
+    monkeypatch.setenv("KAGGLE_INPUT", str(tmp_path))
+    names = {}
+    for source in sources():
+        if "attached(" in source and "pip" not in source:
+            exec(source, names)  # noqa: S102, our own kernel's cells
+    assert names["data"] == data
+
+
 def test_metadata_fits_the_platform():
     meta = json.loads((KERNEL / "kernel-metadata.json").read_text())
     assert (KERNEL / meta["code_file"]).is_file()

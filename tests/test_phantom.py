@@ -93,6 +93,12 @@ def test_bad_requests_are_refused(wrong, tmp_path):
     assert not (tmp_path / 'x').exists()
 
 
+def test_a_damaged_note_of_an_earlier_run(tmp_path):
+    for text in ('{"asked": {', '[1]', '{}'):
+        (tmp_path/'phantom.json').write_text(text)
+        with pytest.raises(CspineError, match='is damaged'): phantom(tmp_path, train=1, test=0, size=32)
+
+
 def test_foreign_folder_is_left_alone(data, tmp_path):
     (tmp_path / 'mine.txt').write_text('mine')
     with pytest.raises(CspineError, match='something else'):

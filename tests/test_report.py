@@ -202,6 +202,16 @@ def test_inspect_says_what_is_wrong(tmp_path):
     with pytest.raises(CspineError): inspect(tmp_path/'empty')
 
 
+def test_inspect_lists_what_the_reader_can_do_without(study, tmp_path, capsys):
+    "A slice cut off in its header, and slices that lie in a subfolder"
+    folder = write_series(study.volume.hu[:6], study.volume.affine, tmp_path/'study'/'series')
+    slices = sorted(folder.iterdir())
+    slices[0].write_bytes(slices[0].read_bytes()[:154])
+    inspect(tmp_path/'study')
+    said = ' '.join(capsys.readouterr().out.split())
+    assert '5 x Explicit VR Little Endian, 1 x not DICOM, or damaged' in said
+
+
 def test_markup_in_a_series_is_printed_as_it_is(study, capsys, monkeypatch):
     monkeypatch.setattr('cspine.report.read_series', lambda folder: Volume(study.volume.hu, study.volume.affine, '[red]x[/red]', ['[bold]y']))
     monkeypatch.setattr('cspine.report._syntaxes', lambda folder: Counter())

@@ -1,5 +1,6 @@
 """The competition's files, where they cross modules: phantoms on disk, other readers, whole tables."""
 
+import os
 import subprocess
 import sys
 
@@ -8,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from cspine.dicom import Volume, read_series, write_series
-from cspine.presets import LEVELS, TARGETS
+from cspine.presets import LEVELS, TARGETS, CspineError
 from cspine.rsna import (MaskError, TableError, best_constant, find_studies, folds, metric, read_mask, read_submission,
-                         read_test, read_train, score, test_rows, validate_uid, write_mask, write_submission)
+                         read_test, read_train, score, test_rows, validate_uid, write_mask, write_submission, write_whole)
 
 RATES = [0.07, 0.14, 0.04, 0.05, 0.08, 0.14, 0.19]
 
@@ -148,6 +149,22 @@ def test_layouts(tmp_path):
     (tmp_path / "one" / "1.dcm").touch()
     with pytest.raises(TableError, match="it is one study"):
         find_studies(tmp_path / "one", "test")
+    (tmp_path / "only_train" / "train_images").mkdir(parents=True)
+    (tmp_path / "only_train" / "segmentations").mkdir()
+    with pytest.raises(TableError, match="no test_images"):
+        test_rows(tmp_path / "only_train")
+
+
+def test_a_link_is_followed_and_a_device_is_left_alone(tmp_path):
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    write_whole(tmp_path / "link.csv", "new")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "real.csv").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(CspineError, match="is a folder or a device"):
+            write_whole(path, "new")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_folds_are_whole_balanced_and_the_same_everywhere():

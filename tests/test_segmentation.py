@@ -5,7 +5,7 @@ import pytest
 import torch
 from cspine import segmentation as seg
 from cspine.phantom import make_study
-from cspine.presets import get_preset
+from cspine.presets import CspineError, get_preset
 
 TINY,PAPER = get_preset('tiny').segmentation,get_preset('paper').segmentation
 
@@ -49,6 +49,11 @@ def test_any_shape_gets_labels(shape):
     hu = np.random.default_rng(0).integers(-1000, 1500, shape).astype(np.int16)
     labels = seg.predict_labels([seg.build_segmentation(preset)], preset, Scan(hu, (1.,0.7,0.7)))
     assert labels.shape == shape and labels.dtype == np.uint8 and labels.max() < 9
+
+def test_a_scan_of_absurd_size_is_refused():
+    "A wrong spacing in one header must not take all memory, and the whole run with it"
+    hu = np.zeros((20,64,64), np.int16)
+    with pytest.raises(CspineError, match='spans 20 x 64000 x 64000 mm'): seg.to_grid(hu, (1,1000,1000), 2.)
 
 def test_unet3d_learns_and_predicts_on_the_fine_grid(monkeypatch):
     "A dense and a porous bone; float32 and bfloat16 agree on them"

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -96,6 +97,20 @@ def test_a_folder_of_study_folders(tmp_path, fake_reader):
         make(tmp_path / "scans" / name, hu=500)
     submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline())
     assert answers(tmp_path / "s.csv")[0] == [f"{u}_{t}" for u in ("1.2.3", "patient b") for t in TARGETS]
+
+
+def test_a_submission_may_lie_beside_its_studies(tmp_path, fake_reader, bundle):
+    """What the first run leaves there is no study of the second one, which reuses it."""
+    for name in ("1.2", "1.3"):
+        make(tmp_path / name, hu=500)
+    for reused in (0, 2):
+        report = submit(tmp_path, out=tmp_path / "s.csv", pipeline=FakePipeline(bundle_outside(bundle)))
+        assert (report["rows"], report["reused"]) == (16, reused)
+
+
+def bundle_outside(bundle):
+    moved = bundle.parent.with_name(bundle.parent.name + "_bundle")
+    return moved if moved.exists() else bundle.rename(moved)
 
 
 FAILURES = {
@@ -200,7 +215,7 @@ def test_a_reader_that_dies_idle_is_replaced(tmp_path, fake_reader):
     r.close()
 
 
-def test_a_second_run_reuses_what_still_fits(tmp_path, fake_reader, bundle, capsys):
+def test_a_second_run_reuses_what_still_fits(tmp_path, fake_reader, bundle, capsys, monkeypatch):
     data, out = tmp_path / "data", tmp_path / "s.csv"
     for i in range(3):
         make(data / "test_images" / f"1.{i}", hu=100 * i)
@@ -227,6 +242,15 @@ def test_a_second_run_reuses_what_still_fits(tmp_path, fake_reader, bundle, caps
     assert seen == ["1.1"] and answers(out)[1]["1.1_C1"] == pytest.approx(0.777)
     (tmp_path / "s.csv.parts/study_00002.json").write_text('{"uid": "1.')  # torn
     assert run()[0] == ["1.2"]
+    (data / "test_images/1.0/series").mkdir()
+    (data / "test_images/1.0/1.dcm").rename(data / "test_images/1.0/series/1.dcm")
+    monkeypatch.setattr(reading, "READER", "fake_study:read_below")
+    assert run()[0] == ["1.0"] and run()[0] == []
+    (data / "test_images/1.0/series/1.dcm").write_text('{"hu": 12}')  # as well where the slices lie in a subfolder
+    assert run()[0] == ["1.0"]
+    monkeypatch.setattr(reading, "READER", "fake_study:read")
+    (data / "test_images/1.0/series/1.dcm").rename(data / "test_images/1.0/1.dcm")
+    run()
     assert len(run(resume=False)[0]) == 4
     (bundle / "bundle.json").write_text('{"other": 1}')
     seen, _, said = run()
@@ -334,6 +358,7 @@ def test_the_real_reader_and_pipeline(tmp_path, capsys):
 @pytest.mark.parametrize("wrong, says", [
     ({"timeout": 0}, "timeout and budget are seconds"),
     ({"out": "."}, "is a folder"),
+    ({"out": REPORT}, "is the report's name"),
     ({"data": "nowhere"}, "is not a folder"),
 ])
 def test_usage_errors_come_before_any_work(tmp_path, wrong, says):
@@ -342,6 +367,12 @@ def test_usage_errors_come_before_any_work(tmp_path, wrong, says):
     with pytest.raises(CspineError, match=says):
         submit(**{"data": tmp_path / "scans", "out": tmp_path / "s.csv", "pipeline": pipeline} | wrong)
     assert pipeline.seen == []
+
+
+def test_a_name_that_fits_into_no_csv(tmp_path):
+    make(tmp_path / "scans" / os.fsdecode(b"st\xff1"))
+    with pytest.raises(CspineError, match="rename the folder"):
+        submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline())
 
 
 def test_a_bad_row_is_named_and_leaves_the_old_csv(tmp_path, fake_reader):

@@ -99,6 +99,10 @@ def test_the_cache_is_made_once_and_again_if_the_mask_changes(data, tmp_path):
 def test_what_cannot_work_is_said(run, data, kw, says):
     with pytest.raises(CspineError, match=says): train_segmentation(**{**dict(data=data, preset=SMALL, out=run), **kw})
 
+def test_a_foreign_folder_is_left_alone(data, tmp_path):
+    (tmp_path/'thesis.txt').write_text('years of work')
+    with pytest.raises(CspineError, match='is no run folder'): train_segmentation(data, 'tiny', tmp_path)
+
 def test_masks_are_needed(data, tmp_path):
     pd.read_csv(data/'train.csv', dtype=str).to_csv(tmp_path/'train.csv', index=False)
     with pytest.raises(CspineError, match='masks for 0 of the 4'): train_segmentation(tmp_path, SMALL, tmp_path/'run')

@@ -15,12 +15,14 @@ from pathlib import Path
 import pandas as pd
 
 import cspine
+from cspine.dicom import study_files
 from cspine.presets import TARGETS, CspineError, progress
 from cspine.rsna import PRIOR, find_studies, test_rows, write_submission, write_whole
 from cspine_submission.reading import ReadFailed, read_ahead
 from cspine_submission.reasons import why
 
 PREDICTED, NO_SPINE, STOOD_IN = "predicted", "no cervical spine", "prior"
+REPORT = "submission_report.json"  # beside the CSV
 
 
 def submit(
@@ -40,6 +42,8 @@ def submit(
         raise CspineError("timeout and budget are seconds, and more than 0")
     if out.is_dir():
         raise CspineError(f"{out} is a folder; out takes the CSV file to write")
+    if out.name == REPORT:
+        raise CspineError(f"{REPORT} is the report's name; name the CSV otherwise")
     rows = test_rows(data)
     if not len(rows):
         raise CspineError(f"{data / 'test.csv'} has no rows to answer")
@@ -87,7 +91,7 @@ def submit(
     write_submission(pd.DataFrame({"row_id": rows["row_id"], "fractured": answers}), out)
     report = {
         "path": str(out),
-        "report": str(out.with_name("submission_report.json")),
+        "report": str(out.with_name(REPORT)),
         "data": str(data),
         "rows": len(rows),
         "studies": len(uids),
@@ -236,8 +240,7 @@ def _model_stamp(bundle, pipeline):
 def _files_stamp(folder):
     """A hash of the names, sizes and times of a study's files; None if they cannot be listed."""
     try:
-        with os.scandir(folder) as files:
-            facts = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+        facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in study_files(folder)]
     except OSError:  # gone or not ours to read: what is known of it is not used
         return None
     return _sha256(json.dumps(facts))
