@@ -22,7 +22,7 @@ def _albumentations():
     return albumentations
 
 def segmentation_augment(
-    preset:SegmentationPreset,
+    preset:SegmentationPreset,  # its `augment` and `size` decide
 ):   # albumentations.Compose: image (y, x, C) float32 0..1, mask (y, x) uint8; reseed with `set_random_seed`
     "The stage-1 pipeline for slices"
     A = _albumentations()
@@ -35,7 +35,7 @@ def segmentation_augment(
     ])
 
 def classification_augment(
-    preset:ClassificationPreset,
+    preset:ClassificationPreset,  # its `augment` decides
 ):   # albumentations.Compose: image (S, S, slices) uint8; reseed with `set_random_seed`
     "The stage-2 pipeline for the crop of one vertebra, its slices as channels"
     A = _albumentations()
@@ -76,7 +76,7 @@ def cut_cube(
     share:torch.Tensor, # (8, z, y, x) uint8 inside `box`, 255 = full
     box:np.ndarray,     # (3, 2) where `share` lies
     side:int,           # voxels
-    rng:np.random.Generator,
+    rng:np.random.Generator,  # where all chance comes from
     centre:np.ndarray,  # (3,) voxel to look at
     bend:bool=True,     # turn, scale and flip; else only cut, on whole voxels
 ):                      # hu (side, side, side) float32, share (9, side, side, side) float32
@@ -105,7 +105,7 @@ def cut_cube(
 
 def bend_hu(
     hu:torch.Tensor,    # (z, y, x) float32 HU
-    rng:np.random.Generator,
+    rng:np.random.Generator,  # where all chance comes from
 ) -> torch.Tensor:      # the same shape
     "Another scanner's HU: density, contrast, kernel, slice thickness, noise, holes"
     hu,noise = hu.clone(),torch.Generator().manual_seed(int(rng.integers(2**31)))
@@ -135,7 +135,7 @@ def bend_hu(
 def end_scan(
     hu:torch.Tensor,    # (z, y, x) float32 HU, changed in place
     share:torch.Tensor, # (9, z, y, x) float32, changed in place
-    rng:np.random.Generator,
+    rng:np.random.Generator,  # where all chance comes from
 ):
     "Let the scan begin or end within the cube, along z or at the edge of a narrow field of view"
     def off(sl):

@@ -269,7 +269,7 @@ def random_bundle(
     out,                     # the folder to write
     preset:Preset|None=None, # default: `small_preset`
     folds:int=1,             # models per stage
-    seed:int=0,
+    seed:int=0,  # of the weights
 ) -> Path:                   # `out`
     "Write a bundle of untrained models, for tests and tutorials"
     import torch

@@ -33,7 +33,7 @@ def _under(f, w):
 class CrackNetBiLSTM(nn.Module):
     "Seven crops to eight logits: a ResUNet per vertebra, an LSTM along the neck"
     def __init__(self,
-        preset:ClassificationPreset,
+        preset:ClassificationPreset,  # stage 2 of a `Preset`
     ):
         super().__init__()
         import segmentation_models_pytorch as smp
@@ -130,7 +130,8 @@ class CompetitionLoss(nn.Module):
         present:torch.Tensor,  # (B, 7) bool
         masks:torch.Tensor,    # (B, 7, S, S) uint8, of `crop_masks`
         broken:torch.Tensor,   # (B, 7, slices) uint8, of `crop_slices`; 255: unknown
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:         # scalar
+        "The loss of a batch"
         logits,own,slices = pred
         target = target.float()
         w = (1+target) * torch.tensor([1.]*7+[7.], device=target.device)
@@ -151,9 +152,9 @@ class CropDataset(torch.utils.data.Dataset):
     def __init__(self,
         paths:list,         # .npz with crops, masks, present, as `train_classification` keeps them
         labels:np.ndarray,  # (studies, 8) 0 or 1, in the order of `TARGETS`
-        preset:ClassificationPreset,
+        preset:ClassificationPreset,  # stage 2 of a `Preset`
         train:bool=True,    # augment
-        seed:int=0,
+        seed:int=0,  # of the augmentation; with the epoch and the index it decides an item
     ):
         self.paths,self.labels,self.preset,self.seed,self.epoch = list(paths),np.asarray(labels),preset,seed,0
         self.augment = None
@@ -195,11 +196,20 @@ def with_prior(
 
 class ClassificationFigures:
     "Sums up validation batches: the competition's metric, its best constant, AUROC"
-    def reset(self): self.truth,self.guess = [],[]
-    def update(self, pred, target, present, masks, broken):
+    def reset(self):
+        "Forget all batches"
+        self.truth,self.guess = [],[]
+    def update(self,
+        pred,            # what `CrackNetBiLSTM` gave
+        target,present,  # (B, 8) 0 or 1; (B, 7) bool
+        masks,broken,    # not looked at; they come with each batch
+    ):
+        "Add a batch"
         self.truth.append(target.cpu().numpy().astype(int))
         self.guess.append(with_prior(pred[0].detach().float().sigmoid().cpu().numpy(), present.cpu().numpy()))
-    def figures(self) -> dict: return classification_figures(np.concatenate(self.truth), np.concatenate(self.guess))
+    def figures(self) -> dict:
+        "What `classification_figures` says of all batches"
+        return classification_figures(np.concatenate(self.truth), np.concatenate(self.guess))
 
 def classification_figures(
     truth:np.ndarray,  # (studies, 8) 0 or 1
@@ -236,10 +246,10 @@ def fit_scale(
 @torch.inference_mode()
 def predict_probabilities(
     models:list,                  # of `CrackNetBiLSTM`, one per fold
-    preset:ClassificationPreset,
+    preset:ClassificationPreset,  # the one that they were trained with
     crops:np.ndarray,             # (7, slices, S, S) uint8, of `crop_vertebrae`
     present:np.ndarray,           # (7,) bool
-    device='cpu',
+    device='cpu',  # torch device, e.g. 'cuda'
     prior=None,                   # (8,) answers for what is absent; None: the competition's
 ) -> np.ndarray:                  # (8,) float64 in the order of `TARGETS`
     "The folds' mean probability for each target; the prior for a vertebra that is absent"

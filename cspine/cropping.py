@@ -98,7 +98,7 @@ def crop_masks(
     labels:np.ndarray,            # (z, y, x) uint8 on the volume's grid
     spacing,                      # (3,) mm per voxel, (z, y, x)
     boxes:np.ndarray,             # (7, 6), as for `crop_vertebrae`
-    preset:ClassificationPreset,
+    preset:ClassificationPreset,  # its `size` and `margin_mm` decide
 ) -> np.ndarray:                  # (7, size, size) uint8: 255 times the share of the crop's slices that hold the vertebra
     "Each vertebra's own mask under its crop, seen from above: what the ResUNet's map is taught"
     masks = np.zeros((7, preset.size, preset.size), np.uint8)
@@ -115,7 +115,7 @@ def crop_slices(
     spacing,                      # (3,) mm per voxel, (z, y, x)
     boxes:np.ndarray,             # (7, 6), as for `crop_vertebrae`
     fractured:np.ndarray,         # (7,) bool: what the study's labels say
-    preset:ClassificationPreset,
+    preset:ClassificationPreset,  # its `slices` and `margin_mm` decide
 ) -> np.ndarray:                  # (7, slices) uint8: 1 where a slice of the crop meets a fracture, 0 where not, 255 where nobody knows
     "Which slices of each crop are fractured: a box counts for the fractured vertebra that fills most of it"
     out = np.zeros((7, preset.slices), np.uint8)

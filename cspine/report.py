@@ -228,7 +228,7 @@ def _flat(card):
 def report_page(
     entries,         # of Entry: one per study
     out,             # the .html file to write
-    title='Cervical spine fractures',
+    title='Cervical spine fractures',  # heading of the page
     score=None,      # what `cspine.rsna.score` returned
     card=None,       # a bundle's card
 ) -> Path:           # `out`

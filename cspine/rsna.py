@@ -290,7 +290,7 @@ def write_mask(
 def folds(
     train:pd.DataFrame, # as from `read_train`
     n:int=5,            # number of folds; the paper has 5
-    seed:int=0,
+    seed:int=0,  # another one gives another split
 )->pd.Series:           # uid -> fold, 0 to n-1, sorted by uid
     "Split the studies into folds with alike labels; the same studies and seed give the same folds"
     try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold

@@ -59,7 +59,7 @@ def to_grid(
     hu:np.ndarray,     # (z, y, x) HU
     spacing:tuple,     # (dz, dy, dx) mm
     grid:float,        # mm, side of the coarse voxel
-    device:str='cpu',
+    device:str='cpu',  # torch device to compute on
 ) -> torch.Tensor:     # (z, y, x) float32 HU on the coarse grid
     "HU on the coarse grid, each voxel the mean of what it covers"
     wz,wy,wx = (_axis_weights(n, m) for n,m in zip(hu.shape, grid_shape(hu.shape, spacing, grid)))
@@ -178,8 +178,8 @@ def _conv(i, o, stride=1): return nn.Sequential(nn.Conv3d(i, o, 3, stride, 1, bi
 class UNet3d(nn.Module):
     "A plain 3D U-Net: two convolutions per level, instance norm, leaky ReLU, as nnU-Net's; and its cascade"
     def __init__(self,
-        in_channels:int=3,
-        classes:int=9,
+        in_channels:int=3,  # of the input
+        classes:int=9,  # channels of the answer
         widths:tuple=(16,32,64,112,160),   # channels per level; each level halves the grid
         low:tuple=(),                      # widths of a U-Net on half the grid, whose answer this one refines; none: no cascade
     ):
@@ -194,7 +194,10 @@ class UNet3d(nn.Module):
         self.head.bias.data[0] = 5   # start from "98 % is background", not from nine equal classes
         self.multiple = max(2**(len(widths)-1), 2*self.low.multiple if low else 1)   # sides of the input are multiples of this
 
-    def forward(self, x):   # (B, in_channels, z, y, x) -> (B, classes, z, y, x) logits
+    def forward(self,
+        x:torch.Tensor,   # (B, in_channels, z, y, x), of `network_input`
+    ):                    # (B, classes, z, y, x) logits
+        "One pass; any size of grid"
         if self.low is not None:
             level = self.low(channels_last(F.avg_pool3d(x, 2))).float().softmax(1)
             x = channels_last(torch.cat([x, F.interpolate(level, scale_factor=2., mode='trilinear').to(x.dtype)], 1))
@@ -204,7 +207,7 @@ class UNet3d(nn.Module):
         return self.head(x)
 
 def build_segmentation(
-    preset:SegmentationPreset,
+    preset:SegmentationPreset,  # stage 1 of a `Preset`
 ) -> nn.Module:   # logits of `preset.classes` maps
     "The stage-1 model of a preset, at random"
     if preset.model == 'unet3d': return UNet3d(preset.in_channels, preset.classes, preset.widths, preset.low_widths or ())
@@ -217,7 +220,8 @@ class CrossEntropyDice(nn.Module):
     def forward(self,
         logits,   # (B, 9, z, y, x)
         share,    # (B, 9, z, y, x) float, sums to 1 over classes
-    ):
+    ):            # scalar
+        "The loss of a batch"
         logp = logits.float().log_softmax(1)
         p,axes = logp[:,1:].exp(),(2,3,4)
         t = share[:,1:]
@@ -238,11 +242,14 @@ class BCEJaccard(nn.Module):
     def forward(self,
         logits,   # (B, 9, y, x)
         maps,     # (B, 9, y, x) 0 or 1
-    ):
+    ):            # scalar
+        "The loss of a batch"
         logits = logits.float()
         return F.binary_cross_entropy_with_logits(logits, maps) + self.jaccard(logits, maps)
 
-def segmentation_loss(preset:SegmentationPreset) -> nn.Module:
+def segmentation_loss(
+    preset:SegmentationPreset,   # its `loss` decides
+) -> nn.Module:                  # called with logits and shares or maps
     "The loss of a preset"
     return CrossEntropyDice() if preset.loss == 'ce_dice' else BCEJaccard()
 
@@ -250,7 +257,7 @@ def segmentation_loss(preset:SegmentationPreset) -> nn.Module:
 def dice_per_class(
     labels:np.ndarray,   # (z, y, x) uint8 label map
     truth:np.ndarray,    # the same, true
-    classes:int=9,
+    classes:int=9,  # how many there are, background among them
 ) -> np.ndarray:         # (9,) float; nan where a class is in neither
     "Dice of each class"
     return _dice(_counts(labels, truth, classes))
@@ -292,7 +299,7 @@ def cache_study(
     study:Path,      # folder of DICOM files
     mask:Path,       # the study's .nii
     path:Path,       # .npz to write
-    preset:SegmentationPreset,
+    preset:SegmentationPreset,  # its `model` and `spacing` or `size` decide
 ):
     "Write one study's training arrays, whole or not at all"
     volume = read_series(study)
@@ -320,7 +327,7 @@ def cache_studies(
     data:Path,       # folder in the competition's layout
     uids:list,       # studies that have a mask
     folder:Path,     # where the arrays go
-    preset:SegmentationPreset,
+    preset:SegmentationPreset,  # its `model` and `spacing` or `size` decide
     workers:int=2,   # processes
 ) -> dict:           # uid -> .npz
     "The training arrays of these studies, made where they are not there yet"
@@ -361,9 +368,9 @@ class CubeDataset(torch.utils.data.Dataset):
     "Random cubes of scans on the coarse grid for training, whole scans for validation"
     def __init__(self,
         paths:list,      # .npz of `cache_studies`
-        preset:SegmentationPreset,
-        train:bool=True,
-        seed:int=0,
+        preset:SegmentationPreset,  # stage 1 of a `Preset`
+        train:bool=True,  # augment, and draw `steps` cubes an epoch; else whole studies
+        seed:int=0,  # of all chance; with the epoch and the index it decides an item
         halve:bool=False,   # on half the grid, as the cascade's first U-Net sees it
     ):
         self.preset,self.train,self.seed,self.epoch = preset,train,seed,0
@@ -390,7 +397,10 @@ class CubeDataset(torch.utils.data.Dataset):
         end_scan(x, y, rng)
         return network_input(x),y
 
-    def whole(self, i):
+    def whole(self,
+        i:int,   # index
+    ):           # input (3, z, y, x), shares (9, z, y, x)
+        "A whole study instead of a cube"
         hu,share,box = self.items[i]
         y = torch.zeros(9, *hu.shape)
         y[(slice(1,None),)+tuple(slice(a, b) for a,b in box)] = share.float()/255
@@ -403,9 +413,9 @@ class SliceDataset(torch.utils.data.Dataset):
     "Every slice of the studies, with the paper's augmentation for training"
     def __init__(self,
         paths:list,      # .npz of `cache_studies`
-        preset:SegmentationPreset,
-        train:bool=True,
-        seed:int=0,
+        preset:SegmentationPreset,  # stage 1 of a `Preset`
+        train:bool=True,  # augment
+        seed:int=0,  # of the augmentation; with the epoch and the index it decides an item
     ):
         self.preset,self.seed,self.epoch = preset,seed,0
         self.augment = segmentation_augment(preset) if train else None
@@ -428,12 +438,18 @@ class SliceDataset(torch.utils.data.Dataset):
 
 class SegmentationFigures:
     "Sums up validation batches into `segmentation_metrics`"
-    def reset(self): self.counts = np.zeros((len(CLASSES),)*2, np.int64)
+    def reset(self):
+        "Forget all batches"
+        self.counts = np.zeros((len(CLASSES),)*2, np.int64)
     def update(self,
         pred,   # (B, 9, ...) logits
         true,   # (B, 9, ...) shares or maps
-    ): self.counts += _counts(pred.argmax(1).cpu().numpy(), true.argmax(1).cpu().numpy())
-    def figures(self) -> dict: return segmentation_metrics(self.counts)
+    ):
+        "Add a batch"
+        self.counts += _counts(pred.argmax(1).cpu().numpy(), true.argmax(1).cpu().numpy())
+    def figures(self) -> dict:
+        "What `segmentation_metrics` says of all batches"
+        return segmentation_metrics(self.counts)
 
 # %% ../nbs/10_segmentation.ipynb #f61f3eca
 def fast_dtype(
@@ -497,9 +513,9 @@ def _forward_2d(models, preset, hu, device, batch=4):
 @torch.inference_mode()
 def predict_labels(
     models:list,                # networks of `build_segmentation`, one per fold
-    preset:SegmentationPreset,
+    preset:SegmentationPreset,  # the one that they were trained with
     volume,                     # Volume
-    device:str='cpu',
+    device:str='cpu',  # torch device, e.g. 'cuda'
 ) -> np.ndarray:                # (z, y, x) uint8 label map on the volume's own grid
     "The label map of a scan: the folds' mean, on the scan's own grid, with specks removed"
     models = [channels_last(m.to(device).eval()) for m in models]

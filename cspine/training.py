@@ -120,16 +120,16 @@ def _callback(fold, epochs, ema_decay, clip, figures, device, checkpoints=2):
     return Keeper()
 
 def fit(
-    model:torch.nn.Module,
+    model:torch.nn.Module,  # changed in place
     loss,                        # loss(pred, *targets) -> scalar
     train_ds, valid_ds,          # datasets of (inputs..., target); `ds.epoch` is set before each epoch, items are then deterministic
     fold:Path,                   # folder for log, checkpoints and weights
-    epochs:int,
+    epochs:int,  # how many; the cosine ends with the last
     batch:int=1,                 # items per step
     lr:float=1e-3,               # peak
-    weight_decay:float=1e-2,
+    weight_decay:float=1e-2,  # of AdamW
     ema:float=0.,                # decay of the weights' moving average; 0: none
-    seed:int=0,
+    seed:int=0,  # of order, dropout and augmentation
     figures=None,                # object with reset(), update(pred, *targets), figures() -> dict, for the log
     inputs:int=1,                # how many of an item's tensors go into the model
     resume:bool=False,           # go on from the newest checkpoint, if there is one
@@ -339,7 +339,7 @@ def cache_crops(
     fold_of:pd.Series,  # uid -> fold, the studies wanted
     run:Path,           # segmentation run
     folder:Path,        # where the arrays go
-    preset:Preset,
+    preset:Preset,  # its stage 2 says how to cut
     workers:int=2,      # processes
 ) -> dict:              # uid -> .npz, of the studies in which stage 1 finds a vertebra; the others are named on stderr
     "The crops of these studies, made where they are not there yet"
