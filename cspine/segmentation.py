@@ -197,7 +197,7 @@ class UNet3d(nn.Module):
     def forward(self,
         x:torch.Tensor,   # (B, in_channels, z, y, x), of `network_input`
     ):                    # (B, classes, z, y, x) logits
-        "One pass; any size of grid"
+        "One pass over a grid whose sides every level can halve"
         if self.low is not None:
             level = self.low(channels_last(F.avg_pool3d(x, 2))).float().softmax(1)
             x = channels_last(torch.cat([x, F.interpolate(level, scale_factor=2., mode='trilinear').to(x.dtype)], 1))
