@@ -6,7 +6,7 @@
 __all__ = ['fit', 'read_run', 'train_segmentation', 'crop_study', 'cache_crops', 'train_classification']
 
 # %% ../nbs/20_training.ipynb #8a4fc4b7
-import contextlib,hashlib,io,json,os,platform,sys,time
+import contextlib,hashlib,io,json,os,platform,sys,time,warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,10 @@ from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_se
 
 # %% ../nbs/20_training.ipynb #b4f7728c
 def _need_fastai():
-    try: import fastai.learner   # noqa: F401
-    except ImportError as e: raise CspineError('training needs fastai: pip install "cspine[train]"') from e
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated')   # fastai's affair, not the user's
+        try: import fastai.learner   # noqa: F401
+        except ImportError as e: raise CspineError('training needs fastai: pip install "cspine[train]"') from e
 
 class _Loader:
     "Batches in an order that only the seed and the epoch decide"
