@@ -558,7 +558,7 @@ def has_cervical_spine(
         voxels = np.argwhere(labels[sl]==c)
         mm3 = len(voxels)*np.prod(spacing)
         centre = (voxels.mean(0)+[s.start for s in sl])*spacing
-        if 1500 <= mm3 <= 40000: levels.append((c, centre))
+        if 1500 <= mm3 <= 25000: levels.append((c, centre))   # half of an atlas at the scan's end to a tall man's C2; a lumbar one has 50000 or more
     if not levels: return False, 'no vertebra of a plausible size was found'
     # the longest row of levels whose neighbours lie below each other, 6-35 mm per level and not far aside
     best = {}

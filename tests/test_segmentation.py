@@ -138,3 +138,4 @@ def test_a_neck_is_a_row_of_neighbouring_levels(levels, neck):
     for c in levels: labels[18*c:18*c+12,10:30,10:30] = c
     said,why = seg.has_cervical_spine(labels, (1.,1.,1.))
     assert said == neck, why
+    assert not seg.has_cervical_spine(labels, (1.,2.5,2.5))[0]   # 30 cm3 each: a loin
