@@ -131,6 +131,17 @@ def test_neighbours_are_the_channels_of_2_5d():
     assert torch.equal(middle.argsort(), torch.tensor([0,1,2]))
     assert first[0] == first[1] < first[2] and last[0] < last[1] == last[2]   # the ends repeat themselves
 
+def test_a_broken_off_piece_stays_with_its_vertebra():
+    "A dens fracture parts the dens from C2: what lies beyond the gap is no speck"
+    labels = np.zeros((40,30,30), np.uint8)
+    labels[20:32,5:25,5:25] = 2      # the body
+    labels[8:18,10:18,10:18] = 2     # the dens, beyond a gap of 2 mm
+    labels[36:,:8,:8] = 2            # a speck near by
+    far = labels.copy()
+    labels[:6,:10,:10] = 2           # 400 mm3 and more, but 11 mm away from the body
+    far[labels != far] = 0; far[36:] = 0
+    assert np.array_equal(seg.clean_labels(labels, (1.,1.,1.)), far)
+
 @pytest.mark.parametrize('levels,neck', [((1,2,3,4,5,6,7), True), ((4,5,6), True), ((3,5,7), False), ((1,4,7), False), ((2,3), False)])
 def test_a_neck_is_a_row_of_neighbouring_levels(levels, neck):
     "A real abdomen gave C3, C5 and C7 in order, 2 levels apart: no neck skips every other vertebra"
