@@ -1,7 +1,7 @@
 # make submission   from nothing to a scored submission.csv and a page with pictures
 # make test         the notebooks as tests, then pytest
 # make bench        what reading and predicting cost on this machine
-# make export       notebooks -> cspine/, README.md; after every edit under nbs/
+# make export       notebooks -> cspine/, README.md, and into .venv; after every edit under nbs/
 # make demo-bundle  train again what lies in cspine/demo_bundle (hours)
 # make clean        forget .venv and build/
 PYTHON ?= python3
@@ -43,6 +43,8 @@ export: $(VENV)/test.stamp
 	$(BIN)/nbdev-export
 	$(BIN)/python scripts/version.py
 	$(BIN)/python scripts/readme.py
+	@touch $(VENV)/base.stamp $(VENV)/test.stamp   # nbdev-export writes pyproject.toml again, as it was
+	@$(MAKE) -s --no-print-directory $(VENV)/code.stamp
 
 # The environment. An old pip cannot resolve the list, so pip comes first. Each stamp is newer than what it stands for:
 # base (what a user installs), test (that and what tests and training need), code (the project itself, not editable).

@@ -8,7 +8,7 @@ __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 
            'score', 'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
-import os,sys
+import hashlib,json,os,sys
 from pathlib import Path
 from typing import Annotated
 from typer import Argument,BadParameter,Exit,Option,Typer
@@ -144,7 +144,7 @@ def submit(
     pictures: Annotated[int, Option(min=0, metavar='N', help='Studies on the page that get a picture, the likeliest fractures.')] = 4,
 ) -> dict:
     "Predict every study of a folder and write the submission."
-    from cspine.rsna import read_train,score,test_rows
+    from cspine.rsna import read_train,score,test_rows,write_whole
     from cspine_submission import submit
     if truth is not None:   # what is wrong with it is said now, not when all is predicted
         odd = set(read_train(truth).index) ^ set(test_rows(data)['StudyInstanceUID'])
@@ -154,10 +154,21 @@ def submit(
     if truth is not None:
         s = score(truth, report['path'])
         print(f"score: {s['score']:.4f} (best constant {s['best_constant']:.4f})")
-    if page is not None: print(f'page: {_page(page, report, truth, bundle, device, pictures)}')
+    if page is not None:
+        note,stamp = Path(f"{report['path']}.parts")/'page.json',_page_stamp(page, report, truth, pictures)
+        if stamp is not None and note.exists() and note.read_text() == stamp: print(f'page: {page}, reused as it is')
+        else:
+            print(f'page: {_page(page, report, truth, bundle, device, pictures)}')
+            write_whole(note, _page_stamp(page, report, truth, pictures))
     return report
 
 # %% ../nbs/40_cli.ipynb #98c18e8c
+def _page_stamp(page, report, truth, pictures):
+    "What the page was made from, and what it is; None where there is no page yet"
+    parts = [Path(page),Path(report['path']),Path(f"{report['path']}.parts")/'made_from.json'] + ([Path(truth)] if truth else [])
+    if not all(p.exists() for p in parts): return None
+    return json.dumps([pictures, *(hashlib.sha256(p.read_bytes()).hexdigest() for p in parts)])
+
 def _page(page, report, truth, bundle, device, pictures):
     "The page of a submission: what its report says of each study, and pictures of the likeliest fractures"
     import pandas as pd
@@ -182,7 +193,8 @@ def _page(page, report, truth, bundle, device, pictures):
         else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=known, notes=_notes(study),
                                 cervical_spine=study['status'] != NO_SPINE))
     return report_page(entries, page, title='Submission', card=pipeline.bundle.card,
-                       score=None if truth is None else score(truth, report['path']))
+                       score=None if truth is None else score(truth, report['path']),
+                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured.' if pictured else '')
 
 def _notes(study): return tuple(filter(None, [study['reason'], *study['notes']]))
 
@@ -195,7 +207,7 @@ def score(
     "Score a submission with the competition's metric, beside the best constant."
     from cspine.rsna import score
     s = score(truth, submission)
-    print(s['table'].to_string(float_format='{:.4f}'.format))
+    print(s['table'].to_string(float_format='{:.4f}'.format, na_rep='-'))
     print(f"score          {s['score']:.4f}\nbest constant  {s['best_constant']:.4f}\n0.5 everywhere {s['half']:.4f}")
     return s
 

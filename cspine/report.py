@@ -198,12 +198,15 @@ each row is fractured here and looks at no picture: a model that does not beat i
 {% for e in entries %}<tr><td title="{{ e.uid }}">{% if e.png %}<a href="#study{{ loop.index }}">{{ e.uid }}</a>{% else %}{{ e.uid }}{% endif %}{{ '' if e.cervical_spine else ' *' }}</td>
 {% for t in targets %}{% set p = e.probabilities[t]|float %}<td{% if e.truth is not none and e.truth[t] > 0.5 %} class="true" title="fractured"{% endif %} style="background:rgba(240,110,60,{{ '%.2f'|format(p*0.75) }})">{{ '%.2f'|format(p) }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
-<p class="small">{% if any_truth %}A red frame: fractured, by the truth. {% endif %}{% if any_without %}* no cervical spine in the scan: the prior stands in.{% endif %}</p>
-{% if pictured %}<h2>Studies</h2>{% endif %}
+{% if any_truth or any_without %}<p class="small">{% if any_truth %}A red frame: fractured, by the truth. {% endif %}{% if any_without %}* no cervical spine in the scan: the prior stands in.{% endif %}</p>{% endif %}
+
+{% if pictured %}<h2>Studies</h2>
+<p class="small">{{ lead }} Each picture: the label map over the middle of the spine, a crop per vertebra, and the answers; dashed
+is the prior, the answer for a study that nobody looked at.</p>{% endif %}
 {% for e in entries if e.png or e.notes %}<section class="card" id="study{{ numbers[e.uid] }}"><h3>{{ e.uid }}</h3>
 {% if e.png %}<img alt="mid-sagittal slice with the label map, seven vertebra crops, and the eight probabilities" src="data:image/png;base64,{{ e.png|b64 }}">{% endif %}
 {% if e.notes %}<ul class="small">{% for n in e.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
-{% if e.seconds >= 0.05 %}<p class="small">{{ '%.1f'|format(e.seconds) }} s</p>{% endif %}
+{% if e.seconds >= 0.05 %}<p class="small">predicted in {{ '%.1f'|format(e.seconds) }} s</p>{% endif %}
 </section>{% endfor %}
 {% if card %}<h2>The bundle</h2><div class="card"><dl>{% for k,v in card.items() %}<dt>{{ k|replace('_', ' ') }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></div>{% endif %}
 </main></body></html>
@@ -231,13 +234,14 @@ def report_page(
     title='Cervical spine fractures',  # heading of the page
     score=None,      # what `cspine.rsna.score` returned
     card=None,       # a bundle's card
+    lead='',         # a sentence above the pictures
 ) -> Path:           # `out`
     "A page that holds everything: scores, the table of probabilities, a picture and notes per study"
     from jinja2 import Environment,StrictUndefined
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     env.filters['b64'] = lambda b: base64.b64encode(b).decode()
     entries = list(entries)
-    html = env.from_string(_PAGE).render(title=title, made=datetime.now().strftime('%d %B %Y, %H:%M'), disclaimer=DISCLAIMER,
+    html = env.from_string(_PAGE).render(title=title, lead=lead, made=datetime.now().strftime('%d %B %Y, %H:%M'), disclaimer=DISCLAIMER,
         entries=entries, targets=TARGETS, score=score, per_target=_per_target((score or {}).get('table')), card=_flat(card),
         numbers={e.uid:i for i,e in enumerate(entries, 1)}, pictured=any(e.png or e.notes for e in entries),
         any_truth=any(e.truth is not None for e in entries), any_without=any(not e.cervical_spine for e in entries))

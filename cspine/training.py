@@ -211,10 +211,16 @@ def read_run(
     d = json.loads(path.read_text())
     return {**d, 'preset':Preset.from_dict(d['preset'])}
 
-def _start_run(out, kind, preset, table, resume, known=None):
+def _origin(data):
+    "Where the studies come from, for the card: phantoms say how they were made, other folders have a name"
+    try: asked = json.loads((data/'phantom.json').read_text())['asked'].items()
+    except (OSError,ValueError,KeyError,TypeError,AttributeError): return data.resolve().name
+    return ' '.join(['cspine phantom', *(f'--{k} {v}' for k,v in asked)])
+
+def _start_run(out, kind, preset, data, table, resume, known=None):
     "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own"
     out,path = Path(out),Path(out)/'run.json'
-    d = dict(kind=kind, preset=preset.to_dict(), folds=[], seed=preset.seed, figures={})
+    d = dict(kind=kind, preset=preset.to_dict(), data=_origin(data), folds=[], seed=preset.seed, figures={})
     if path.exists():
         old = read_run(out)
         if old['kind'] != kind: raise CspineError(f'{out} is a run of {old["kind"]}, not of {kind}; choose another folder')
@@ -268,7 +274,7 @@ def train_segmentation(
     which = _which(fold, preset.folds)
     masked = [u for u in table.index if (data/'segmentations'/f'{u}.nii').exists()]
     if len(masked) < 2: raise CspineError(f'{data}/segmentations has masks for {len(masked)} of the {len(table)} studies in train.csv; two or more are needed')
-    out,fold_of = _start_run(out, 'segmentation', preset, table, resume)
+    out,fold_of = _start_run(out, 'segmentation', preset, data, table, resume)
     for k in which:
         train,valid = [[u for u in masked if (fold_of[u]==k) == v] for v in (False,True)]
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with a mask to train on and {len(valid)} to validate; more masks or fewer folds are needed')
@@ -395,7 +401,7 @@ def train_classification(
     cls = preset.classification
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)
-    out,fold_of = _start_run(out, 'classification', preset, table, resume, read_folds(Path(segmentation)/'folds.csv'))
+    out,fold_of = _start_run(out, 'classification', preset, data, table, resume, read_folds(Path(segmentation)/'folds.csv'))
     paths = cache_crops(data, fold_of, segmentation, out/'cache', preset, workers)
     for k in which:
         train,valid = [[u for u in paths if (fold_of[u]==k) == v] for v in (False,True)]

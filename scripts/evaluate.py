@@ -59,7 +59,7 @@ def write(figures, data, bundle):
     path = Path(bundle) / 'bundle.json'
     meta = json.loads(path.read_text(encoding='utf-8'))
     made = json.loads((Path(data) / 'phantom.json').read_text(encoding='utf-8'))['asked']
-    meta['card'] |= {'data': 'cspine phantom ' + ' '.join(f'--{k} {v}' for k, v in made.items()), 'figures': figures}
+    meta['card'] |= {'figures_on': 'the test studies of cspine phantom ' + ' '.join(f'--{k} {v}' for k, v in made.items()), 'figures': figures}
     path.write_text(json.dumps(meta, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 

@@ -184,6 +184,13 @@ def test_submit_and_score(data, bundle, tmp_path):
     html = page.read_text(encoding='utf-8')
     assert html.count('data:image/png') == 1 and f'{score:.4f}' in html and f'{constant:.4f}' in html
     assert all(uid in html for uid in asked.StudyInstanceUID)
+    assert 'Pictured: 1 of 2 studies' in html
+    again = ['submit', '--data', data, '--bundle', bundle, '--out', csv, '--page', page, '--truth', truth, '--pictures']
+    assert 'reused as it is' in cspine(*again, 1).stdout and page.read_text(encoding='utf-8') == html
+    assert 'reused' not in cspine(*again, 2).stdout.split('page:')[1]
+    assert page.read_text(encoding='utf-8').count('data:image/png') == 2
+    page.write_text('edited')
+    assert 'reused' not in cspine(*again, 2).stdout.split('page:')[1]
     s = cli.score(truth, csv)
     assert (round(s['score'], 4), round(s['best_constant'], 4)) == (score, constant)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from cspine.phantom import phantom
 from cspine.presets import CspineError,Preset,get_preset
 from cspine.segmentation import CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies
-from cspine.training import read_run,train_segmentation
+from cspine.training import _origin,read_run,train_segmentation
 
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8,8), low_widths=(4,8), low_epochs=2, low_steps=3, patch=24, spacing=4., steps=3, epochs=2))
@@ -98,6 +98,10 @@ def test_the_cache_is_made_once_and_again_if_the_mask_changes(data, tmp_path):
     (dict(weights='x.pth'), 'no encoder weights'), (dict(epochs=9, resume=True), 'another preset or number of epochs')])
 def test_what_cannot_work_is_said(run, data, kw, says):
     with pytest.raises(CspineError, match=says): train_segmentation(**{**dict(data=data, preset=SMALL, out=run), **kw})
+
+def test_a_run_says_where_its_studies_come_from(run, data):
+    assert json.loads((run/'run.json').read_text())['data'] == 'cspine phantom --train 4 --test 0 --size 64 --seed 9100 --rate 1.0'
+    assert _origin(run) == run.name
 
 def test_a_foreign_folder_is_left_alone(data, tmp_path):
     (tmp_path/'thesis.txt').write_text('years of work')
