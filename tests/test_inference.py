@@ -142,7 +142,7 @@ def test_odds_of_the_bundle_move_the_answer(tmp_path):
     volume = Volume(np.zeros((70, 64, 64), np.int16), np.diag([-2., 2., 2., 1.]), '1.2.3', [])
     labels = np.zeros(volume.shape, np.uint8)
     for level in range(1, 7):                                       # C7 is not in the scan
-        labels[10 * level:10 * level + 8, 20:40, 20:40] = level
+        labels[10 * level:10 * level + 8, 20:36, 20:36] = level   # 16 cm3
     plain = Pipeline(bundle).predict(volume, labels)
     moved = Pipeline(dataclasses.replace(bundle, odds=bundle.odds * .25)).predict(volume, labels)
     assert plain.cervical_spine and not plain.present[6]
