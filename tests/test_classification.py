@@ -233,10 +233,10 @@ def test_killed_and_resumed_is_as_if_never_killed(data, seg_run, tmp_path, monke
 def test_studies_that_stage_1_does_not_know(data, seg_run, tmp_path):
     "Stage 2 may have more studies than stage 1: known ones keep their fold, new ones are dealt"
     known = read_folds(seg_run/'folds.csv').iloc[:6]
-    _, fold_of = training._start_run(tmp_path/'a', 'classification', SMALL, read_train(data/'train.csv'), False, known)
+    _, fold_of = training._start_run(tmp_path/'a', 'classification', SMALL, data, read_train(data/'train.csv'), False, known)
     assert (fold_of[known.index] == known).all() and sorted(fold_of.index) == UIDS and set(fold_of) == {0, 1}
     stranger = known.rename(lambda u: u + '.9')
-    _, fold_of = training._start_run(tmp_path/'b', 'classification', SMALL, read_train(data/'train.csv'), False, stranger)
+    _, fold_of = training._start_run(tmp_path/'b', 'classification', SMALL, data, read_train(data/'train.csv'), False, stranger)
     assert fold_of.equals(folds(read_train(data/'train.csv'), 2, 0))
 
 
