@@ -165,7 +165,7 @@ def _checked(cls, d, where):
         if k == 'encoder' and v is not None and not _ENCODER.fullmatch(v):
             raise CspineError(f'{where} field encoder of the preset should be the name of an encoder of segmentation-models-pytorch, got {v!r}')
         out[k] = v
-    if len(out.get('window', (1,2))) != 2 or out.get('window', (1,2))[0] <= 0:
+    if 'window' in out and (len(out['window']) != 2 or out['window'][0] <= 0):
         raise CspineError(f'{where} field window of the preset should be (width, level) in HU with a width above 0, got {out["window"]!r}')
     needs = dict(unet2d=('encoder','size'), unet3d=('spacing','patch','widths')).get(out.get('model'), ())
     for k in needs:

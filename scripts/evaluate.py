@@ -19,6 +19,7 @@ from cspine.inference import Pipeline
 from cspine.presets import CLASSES, LEVELS, TARGETS, progress
 from cspine.rsna import best_constant, find_studies, metric, read_mask, read_train
 from cspine.segmentation import dice_per_class
+from cspine.training import _origin
 
 
 def evaluate(data, bundle):
@@ -58,8 +59,7 @@ def evaluate(data, bundle):
 def write(figures, data, bundle):
     path = Path(bundle) / 'bundle.json'
     meta = json.loads(path.read_text(encoding='utf-8'))
-    made = json.loads((Path(data) / 'phantom.json').read_text(encoding='utf-8'))['asked']
-    meta['card'] |= {'figures_on': 'the test studies of cspine phantom ' + ' '.join(f'--{k} {v}' for k, v in made.items()), 'figures': figures}
+    meta['card'] |= {'figures_on': f'the test studies of {_origin(Path(data))}', 'figures': figures}
     path.write_text(json.dumps(meta, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 

@@ -234,6 +234,11 @@ def test_a_second_run_reuses_what_still_fits(tmp_path, fake_reader, bundle, caps
     assert seen == [] and report["reused"] == 3 and "reusing 3 of 4 studies" in said
     assert out.read_text() == first and report["study"]["1.1"]["reused"]
 
+    shutil.move(data, data.with_name("moved"))  # the same files under another path are the same study
+    pipeline = FakePipeline(bundle)
+    submit(data.with_name("moved"), out=out, pipeline=pipeline)
+    assert pipeline.seen == []
+    shutil.move(data.with_name("moved"), data)
     make(data / "test_images/1.3", hu=300)  # the study that failed is tried again
     assert run()[0] == ["1.3"]
     shutil.rmtree(data / "test_images/1.1")

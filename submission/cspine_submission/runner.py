@@ -240,7 +240,7 @@ def _model_stamp(bundle, pipeline):
 def _files_stamp(folder):
     """A hash of the names, sizes and times of a study's files; None if they cannot be listed."""
     try:
-        facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in study_files(folder)]
+        facts = [(os.path.relpath(f, folder), f.stat().st_size, f.stat().st_mtime_ns) for f in study_files(folder)]
     except OSError:  # gone or not ours to read: what is known of it is not used
         return None
     return _sha256(json.dumps(facts))
