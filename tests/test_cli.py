@@ -204,7 +204,8 @@ def test_what_is_wrong_with_the_truth_is_said_first(data, bundle, tmp_path):
 
 
 def test_ctrl_c_ends_in_a_sentence():
-    code = ('import os, signal, threading\nfrom cspine import cli, presets\n'
+    code = ('import atexit, os, signal, threading\nfrom cspine import cli, presets\n'
+            'atexit.register(os.abort)\n'   # as a thread in torch does when the interpreter ends in good order
             'signal.signal(signal.SIGINT, signal.default_int_handler)\n'   # what runs in the background is born deaf to it
             'def wait(*a): os.kill(os.getpid(), signal.SIGINT); threading.Event().wait(20)\n'
             'presets.presets = wait\ncli.main(["presets"])')
