@@ -1,0 +1,186 @@
+"""One file: multi-frame objects, files that are no slices, headers that lie, decoders that hang or crash, mutations."""
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from test_dicom import block, edit, same
+
+import cspine.ctfile as ctfile
+from cspine.ctfile import SYNTAXES, Damaged, Decoders, encode_frame, read_header, stream_size
+from cspine.dicom import DamagedSeries, NoPixels, NoSeries, read_series, write_series
+
+
+def enhanced(hu, affine, path, syntax='explicit', slopes=None, table=True, fragments=1, drop=()):
+    "One enhanced CT file (PS3.3, A.38) from the first slice that `write_series` makes; frames in an order of their own."
+    source = write_series(hu, affine, path.parent / f'{path.name}_single')
+    ds, frames, n = pydicom.dcmread(source / '1.dcm'), [], len(hu)
+    slopes = slopes or [1] * n
+    each = []
+    for k in np.random.default_rng(2).permutation(n):
+        stored = np.rint((hu[k] + 1024.) / slopes[k]).astype('u2')
+        frames.append(stored.tobytes() if syntax == 'explicit' else encode_frame(stored, syntax))
+        item = Dataset()
+        item.PlanePositionSequence, item.PixelValueTransformationSequence = [Dataset()], [Dataset()]
+        item.PlanePositionSequence[0].ImagePositionPatient = [float(v) for v in affine[:3] @ (k, 0, 0, 1)]
+        v = item.PixelValueTransformationSequence[0]
+        v.RescaleIntercept, v.RescaleSlope, v.RescaleType = -1024, slopes[k], 'HU'
+        each.append(item)
+    shared = Dataset()
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [Dataset()], [Dataset()]
+    shared.PixelMeasuresSequence[0].PixelSpacing, shared.PixelMeasuresSequence[0].SliceThickness = ds.PixelSpacing, ds.SliceThickness
+    shared.PlaneOrientationSequence[0].ImageOrientationPatient = ds.ImageOrientationPatient
+    for name in 'ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept RescaleType'.split():
+        delattr(ds, name)
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.2.1'
+    ds.NumberOfFrames, ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = n, [shared], each
+    for name in drop:
+        delattr(ds, name)
+    ds.file_meta.TransferSyntaxUID = SYNTAXES[syntax]
+    if syntax == 'explicit':
+        ds.PixelData = b''.join(frames)
+    else:
+        ds.PixelData = encapsulate(frames, fragments_per_frame=fragments, has_bot=table)
+        ds['PixelData'].VR, ds['PixelData'].is_undefined_length = 'OB', True
+    path.mkdir()
+    ds.save_as(path / 'all.dcm', enforce_file_format=True)
+    shutil.rmtree(source)
+    return path
+
+
+@pytest.mark.parametrize('how', [dict(), dict(slopes=[1, 2] * 6), dict(syntax='jpeg_lossless'), dict(syntax='jpegls', table=False),
+                                 dict(syntax='jpeg_lossless', fragments=3), dict(syntax='jpeg2000', fragments=2, table=False)], ids=str)
+def test_enhanced_multi_frame(tmp_path, how):
+    hu, affine = block()
+    hu -= hu % 2
+    volume = same(read_series(enhanced(hu, affine, tmp_path / 'e', **how)), hu, affine)
+    assert volume.notes == (['rescale differs between slices; each read by its own'] if 'slopes' in how else [])
+
+
+def test_a_multi_frame_file_that_is_cut_off(tmp_path):
+    hu, affine = block()
+    path = enhanced(hu, affine, tmp_path / 'e') / 'all.dcm'
+    good = path.read_bytes()
+    path.write_bytes(good[:-100])
+    notes = read_series(path.parent).notes
+    assert notes == ['1 damaged slice filled from the neighbours: frame 12 of all.dcm is cut off']
+    path.write_bytes(good[:-3000])
+    with pytest.raises(DamagedSeries, match='frame .* of all.dcm is cut off'):
+        read_series(path.parent)
+
+
+def test_frames_without_places_are_no_series(tmp_path):
+    folder = enhanced(*block(), tmp_path / 'e', drop=['PerFrameFunctionalGroupsSequence'])
+    with pytest.raises(NoSeries, match='12 frames in one file and does not say where they lie'):
+        read_series(folder)
+
+
+def test_files_that_are_no_slices_have_errors_of_their_own(tmp_path):
+    def study(name, remove=(), **change):
+        folder = write_series(*block((1, 8, 8)), tmp_path / name)
+        edit(folder / '1.dcm', **change, **dict.fromkeys(remove))
+        return folder
+    for name, kind, words, how in (
+            ('dose', NoPixels, 'is a report', dict(Modality='SR', remove=['PixelData', 'Rows', 'Columns'])),
+            ('empty', NoPixels, 'holds no pixel data', dict(remove=['PixelData'])),
+            ('shot', NoSeries, 'secondary capture', dict(SOPClassUID='1.2.840.10008.5.1.4.1.1.7'))):
+        with pytest.raises(kind, match=words):
+            read_series(study(name, **how))
+
+
+def test_a_header_that_claims_60000_pixels_costs_nothing(tmp_path):
+    folder = write_series(*block((1, 8, 8)), tmp_path / 'a')
+    edit(folder / '1.dcm', Rows=60000, Columns=60000)
+    with pytest.raises(DamagedSeries, match='60000 x 60000 pixels'):
+        read_series(folder)
+    stream = bytearray(encode_frame(np.arange(64, dtype='u2').reshape(8, 8), 'jpeg2000'))
+    stream[8:16] = struct.pack('>II', 60000, 60000)
+    assert stream_size(bytes(stream)) == (60000, 60000)
+    with Decoders() as decode, pytest.raises(Damaged, match='8 x 8 pixels, its jpeg2000 stream has 60000 x 60000'):
+        decode(bytes(stream), 'jpeg2000', 8, 8)
+
+
+def test_a_decoder_that_hangs_is_stopped_and_the_next_frame_gets_another(monkeypatch):
+    monkeypatch.setattr(ctfile, 'FRAME_LIMIT', 1)
+    values = np.random.default_rng(0).integers(0, 4000, (48, 40)).astype('u2')
+    stream, start = encode_frame(values, 'jpegls'), time.monotonic()
+    with Decoders() as decode:
+        assert (decode(stream, 'jpegls', 48, 40) == values).all()
+        os.kill(decode.all[0].process.pid, signal.SIGSTOP)  # as good as a hang
+        with pytest.raises(Damaged, match='more than 1 s'):
+            decode(stream, 'jpegls', 48, 40)
+        assert time.monotonic() - start < 30
+        assert (decode(stream, 'jpegls', 48, 40) == values).all()
+        decode.all[-1].process.kill()  # as a crash would
+        with pytest.raises(Damaged, match='crashed'):
+            decode(stream, 'jpegls', 48, 40)
+        assert (decode(stream, 'jpegls', 48, 40) == values).all()
+    assert all(c.process.poll() is not None for c in decode.all)
+
+
+def test_bytes_without_preamble_and_the_wrong_encoding(tmp_path):
+    hu, affine = block((2, 8, 8))
+    folder = write_series(hu, affine, tmp_path / 'a', syntax='implicit')
+    for p in folder.iterdir():
+        b = p.read_bytes()
+        p.write_bytes(b[b.index(b'\x08\0\x08\0'):])  # the data set alone
+    assert same(read_series(folder), hu, affine).notes == []
+    folder = write_series(hu, affine, tmp_path / 'b')
+    for p in folder.iterdir():  # says implicit, is explicit
+        b, uid = p.read_bytes(), SYNTAXES['explicit'].encode()
+        i = b.index(uid)
+        p.write_bytes(b[:i] + SYNTAXES['implicit'].encode().ljust(len(uid) + 1, b'\0') + b[i + len(uid) + 1:])
+    same(read_series(folder), hu, affine)
+
+
+def test_ten_thousand_mutated_files(tmp_path):
+    "Bit flips, cuts, overwritten lengths: each is read or refused by our own error, in a process that survives it."
+    code = f'''
+import collections, json, logging, resource, warnings, numpy as np
+from pathlib import Path
+import cspine.ctfile as c
+from cspine.dicom import write_series, _hu, Damaged
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL); c.FRAME_LIMIT = 2
+root, ends, seeds = Path({str(tmp_path)!r}), collections.Counter(), []
+y, x = np.mgrid[:24, :20]
+hu = (20*x + 13*y + np.random.default_rng(0).normal(0, 30, (1, 24, 20))).astype("i2")
+for s in c.SYNTAXES:
+    seeds.append((write_series(hu, np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]], root/s, syntax=s)/"1.dcm").read_bytes())
+path = root/"x.dcm"
+with c.Decoders() as decode:
+    for i in range(10_000):
+        r = np.random.default_rng(i); b = bytearray(seeds[i % len(seeds)]); kind = (i // len(seeds)) % 5
+        at = lambda: int(r.integers(132, len(b)))
+        if kind == 0: b = b[:at()]
+        elif kind == 1: b[at()] ^= 1 << int(r.integers(8))
+        elif kind == 2:
+            for _ in range(int(r.integers(2, 12))): b[at()] = int(r.integers(256))
+        elif kind == 3: a = at(); b[a:a+4] = bytes([255, 255, 255, int(r.integers(256))][:int(r.integers(2, 5))])
+        else: a = at(); b[a:a+int(r.integers(1, 40))] = bytes(int(r.integers(0, 40)))
+        path.write_bytes(b)
+        try:
+            for s in c.read_header(path)[:3]: ends["read" if _hu(s, decode).shape == s.size else "shape"] += 1
+        except c.Unusable: ends["refused"] += 1
+        except Damaged as e: ends["hang" if "took" in str(e) else "crash" if "crashed" in str(e) else "damaged"] += 1
+print(json.dumps(ends))
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    ends = json.loads(done.stdout)
+    assert 'shape' not in ends and min(ends['read'], ends['refused'], ends['damaged']) > 500 and sum(ends.values()) >= 10_000
+
+
+def test_header_only_reads_what_it_needs(tmp_path):
+    folder = write_series(*block((1, 8, 8)), tmp_path / 'a')
+    s, = read_header(folder / '1.dcm')
+    assert s.size == (8, 8) and s.pixel == (.5, .4) and s.name == '1.dcm' and s.axial
