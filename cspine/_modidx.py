@@ -163,6 +163,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cspine.dicom._pick_group': ('dicom.html#_pick_group', 'cspine/dicom.py'),
                               'cspine.dicom._place': ('dicom.html#_place', 'cspine/dicom.py'),
                               'cspine.dicom._plural': ('dicom.html#_plural', 'cspine/dicom.py'),
+                              'cspine.dicom._says_neck': ('dicom.html#_says_neck', 'cspine/dicom.py'),
+                              'cspine.dicom._series': ('dicom.html#_series', 'cspine/dicom.py'),
                               'cspine.dicom._stack': ('dicom.html#_stack', 'cspine/dicom.py'),
                               'cspine.dicom._standard_axes': ('dicom.html#_standard_axes', 'cspine/dicom.py'),
                               'cspine.dicom._standardize': ('dicom.html#_standardize', 'cspine/dicom.py'),

@@ -207,8 +207,21 @@ def _find_slices(folder, notes):
     if any(not s.h.get('Modality') for s in slices): notes.append('files do not say their modality; taken for CT')
     return slices
 
-def _pick_group(slices, notes):
-    "The slices of the series with the most axial slices, all of one size, spacing and orientation."
+_NECK = re.compile(r'neck|cervi|c[ _-]?spine|\bhals\b|\bhws\b', re.I)  # English, Latin and German
+_ELSEWHERE = re.compile(r'head|brain|skull|sinus|chest|thora|lung|abdom|pelvi|lumb|[tl][ _-]?spine|\b(knee|hip|heart|leg|foot|hand)\b', re.I)
+
+def _says_neck(g):
+    "1 where a series calls itself one of the neck, -1 where it names another part of the body, 0 where it says neither."
+    text = ' '.join(g[0].h.get(k) or '' for k in ('BodyPartExamined', 'SeriesDescription', 'ProtocolName'))
+    return 1 if _NECK.search(text) else -1 if _ELSEWHERE.search(text) else 0
+
+def _series(g):
+    "A series in words: its number, its description, how many slices."
+    said = ''.join(c for c in g[0].h.get('SeriesDescription') or '' if c.isprintable())[:40]
+    return f'series {g[0].number:g}{f" {said!r}" if said else ""} ({_plural(len(g), "slice")} of {g[0].size[0]}x{g[0].size[1]})'
+
+def _pick_group(slices, folder, notes):
+    "The slices of the series that is the neck volume, all of one size, spacing and orientation."
     placed = [s for s in slices if s.position is not None]
     if placed and len(placed) < len(slices):
         notes.append(f'left out {_plural(len(slices)-len(placed), "slice")} without a position')
@@ -222,13 +235,19 @@ def _pick_group(slices, notes):
                and (s.orientation is None) == (o.orientation is None) \
                and all(abs(a - b) < .01 for a, b in zip(s.orientation or (), o.orientation or ())): g.append(s); break
         else: groups.append([s])
-    rank = lambda g: (not 'LOCALIZER' in g[0].h.get('ImageType', ''), g[0].axial, len(g), -g[0].number)
-    best = max(groups, key=rank)
+    scout = lambda g: 'LOCALIZER' in g[0].h.get('ImageType', '')
+    if all(map(scout, groups)): raise NoSeries(f'{folder} holds scout views only ({_names(slices)}); give a folder with the slices themselves.')
+    # in the order in which they decide, each with its reason in words
+    ranks = [('the others are scouts', lambda g: not scout(g)), ('its description says neck, or another one says elsewhere', _says_neck),
+             ('it is axial', lambda g: g[0].axial), ('it has the most slices', len), ('it has the lowest series number', lambda g: -g[0].number)]
+    best, *others = sorted(groups, key=lambda g: [rank(g) for _, rank in ranks], reverse=True)
     uid = best[0].h.get('SeriesInstanceUID')
-    other = [g for g in groups if g is not best and g[0].h.get('SeriesInstanceUID') != uid]
+    other = [g for g in others if g[0].h.get('SeriesInstanceUID') != uid]
     odd = [s for g in groups if g is not best and g[0].h.get('SeriesInstanceUID') == uid for s in g]
-    if other: notes.append(f'more than one series in the folder: took the one with the most axial slices ({len(best)}), '
-                           f'left out {_plural(sum(map(len, other)), "slice")} of others')
+    if other:
+        why = next((why for why, rank in ranks if rank(best) != rank(other[0])), 'it comes first')  # the best of the others
+        notes.append(f'more than one series in the folder: took {_series(best)}, because {why}; '
+                     f'left out {", ".join(map(_series, other[:4]))}{f" and {len(other)-4} more" if len(other) > 4 else ""}')
     if odd: notes.append(f'kept the {len(best)} slices of {best[0].size[0]}x{best[0].size[1]} pixels, left out {len(odd)} '
                          f'of another size, spacing or orientation: {_names(odd)}')
     return best
@@ -268,6 +287,9 @@ def _stack(slices, notes):
         step = n*dz
     else:
         dz = float(np.median(gaps))
+        steps = np.r_[0, np.cumsum(np.maximum(np.rint(gaps/dz), 1))]  # positions are written with few digits, and the
+        fit = np.polyfit(steps, heights, 1)                           # median of their gaps would drift by millimetres
+        if np.abs(heights - np.polyval(fit, steps)).max() <= max(.05*dz, .02): dz = float(fit[0])
         run = np.subtract(last.position, first.position)
         step = run/(run @ n)*dz  # keeps the shear of a tilted gantry, where slices do not lie along their normal
         off = heights - heights[0] - dz*np.arange(len(stack))  # after a gap, most slices lie where the affine says
@@ -318,7 +340,7 @@ def read_series(
 ) -> Volume:              # (z, y, x) int16 HU, head to feet, front to back, the patient's right to left
     "Read a folder of DICOM slices as one CT volume; raises a `DicomError` that says what is wrong with the folder."
     folder, notes = Path(folder), []
-    slices = _pick_group(_find_slices(folder, notes), notes)
+    slices = _pick_group(_find_slices(folder, notes), folder, notes)
     _place(slices, notes)
     stack, acquired_affine = _stack(slices, notes)
     _notes_on_values([same[0] for same in stack if 'cut' not in same[0].h], notes)

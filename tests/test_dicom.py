@@ -8,7 +8,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from cspine.ctfile import LOSSY, SYNTAXES
-from cspine.dicom import (DamagedSeries, DicomError, EmptyFolder, NoDicom, NotCT, read_series,
+from cspine.dicom import (DamagedSeries, DicomError, EmptyFolder, NoDicom, NoSeries, NotCT, read_series,
                           write_series)
 from cspine.presets import CspineError
 
@@ -293,7 +293,37 @@ def test_of_several_series_the_one_with_most_axial_slices(series, tmp_path):
     for p in write_series(hu[:5] + 1, affine, tmp_path/'t').iterdir():
         shutil.copy(p, folder/f't{p.name}')
     note, = same(read_series(folder), hu, affine).notes
-    assert 'more than one series' in note and 'left out 21 slices' in note
+    assert 'took series 1 (12 slices of 20x16), because it has the most slices' in note
+    assert 'left out series 1 (5 slices of 20x16), series 1 (16 slices of 20x30)' in note
+
+
+@pytest.mark.parametrize('ours, theirs, why', [
+    (dict(SeriesDescription='C-SPINE BONE'), dict(SeriesDescription='HEAD 1.0'), "series 7 'C-SPINE BONE' (12 slices of 20x16), because its description says neck"),
+    (dict(BodyPartExamined='NECK'), {}, 'because its description says neck'),
+    ({}, dict(ProtocolName='Chest routine'), 'or another one says elsewhere'),
+    ({}, dict(ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER']), 'because the others are scouts')])
+def test_the_series_that_is_the_neck_is_taken_and_why(tmp_path, ours, theirs, why):
+    hu, affine = block()
+    folder = write_series(hu, affine, tmp_path/'a', series=dict(SeriesNumber=7) | ours)
+    for p in write_series(np.repeat(hu, 2, 0) + 1, affine, tmp_path/'b', series=theirs).iterdir():
+        shutil.copy(p, folder/f'b{p.name}')
+    note, = same(read_series(folder), hu, affine).notes
+    assert why in note and 'left out series 1' in note and '(24 slices' in note
+
+
+def test_scouts_alone_are_no_series(tmp_path):
+    with pytest.raises(NoSeries, match=r'scout views only \(1.dcm, 2.dcm'):
+        read_series(write_series(*block(), tmp_path, series=dict(ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER'])))
+
+
+def test_positions_written_with_few_digits_do_not_drift(tmp_path):
+    hu = np.repeat(block()[0], 25, 0)
+    affine = np.array([(0, 0, .4, 0), (0, .5, 0, 0), (-.625, 0, 0, 0), (0, 0, 0, 1)])
+    folder = write_series(hu, affine, tmp_path)
+    for k in range(len(hu)):
+        edit(folder/f'{k+1}.dcm', ImagePositionPatient=[0, 0, round(-.625*k, 2)])
+    volume = read_series(folder)
+    assert (volume.hu == hu).all() and np.abs((volume.affine - affine) @ (299, 0, 0, 1)).max() < .02 and volume.notes == []
 
 
 def test_other_modalities_beside_a_ct_are_left_out(series):
