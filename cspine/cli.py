@@ -43,7 +43,7 @@ def _new_file(path):
     if path is not None and path.is_dir(): raise BadParameter(f'{path} is a folder; name the file to write')
     return path
 
-Study = Annotated[Path, Argument(metavar='STUDY', help='Folder of one study: DICOM files.', show_default=False)]
+Study = Annotated[Path, Argument(metavar='STUDY', help='Folder of one study: DICOM files; or a NIfTI file.', show_default=False)]
 BundleOption = Annotated[Path | None, Option(metavar='BUNDLE', help='Folder of a trained bundle; without it, the demo bundle.', show_default=False)]
 Data = Annotated[Path, Option(metavar='DIR', help="Folder in the competition's layout (train.csv, train_images/, segmentations/).", show_default=False)]
 PresetOption = Annotated[str, Option(metavar='NAME', help='Name of a preset; cspine presets shows them.')]

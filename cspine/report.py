@@ -282,7 +282,7 @@ def _syntaxes(study):
     n = Counter()
     for f in study_files(study):
         try: n[dcmread(f, stop_before_pixels=True, specific_tags=['Modality']).file_meta.TransferSyntaxUID.name] += 1
-        except Exception: n['not DICOM, or damaged'] += 1   # a damaged header can raise almost anything
+        except Exception: n['NIfTI' if f.name.endswith(('.nii', '.nii.gz')) else 'not DICOM, or damaged'] += 1   # a damaged header can raise almost anything
     return n
 
 def facts(

@@ -8,7 +8,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from cspine.ctfile import LOSSY, SYNTAXES
-from cspine.dicom import (DamagedSeries, DicomError, EmptyFolder, NoDicom, NoSeries, NotCT, read_series,
+from cspine.dicom import (DamagedSeries, DicomError, EmptyFolder, NiftiError, NoDicom, NoSeries, NotCT, read_series,
                           write_series)
 from cspine.presets import CspineError
 
@@ -417,3 +417,42 @@ print(sorted(ends))
 def test_import_without_torch():
     code = 'import sys, cspine.dicom; sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+@pytest.mark.parametrize('suffix', ['.nii', '.nii.gz'])
+def test_nifti_of_all_48_axis_codes(tmp_path, suffix):
+    import itertools
+    import nibabel as nib
+    hu, affine = block((5, 4, 3))
+    ours = nib.Nifti1Image(hu, np.diag([-1, -1, 1, 1]) @ affine)
+    codes = [''.join(c) for p in itertools.permutations(('LR', 'AP', 'SI')) for c in itertools.product(*p)]
+    assert len(set(codes)) == 48
+    for code in codes:
+        turn = nib.orientations.ornt_transform(nib.io_orientation(ours.affine), nib.orientations.axcodes2ornt(code))
+        nib.save(ours.as_reoriented(turn), tmp_path/f'{code}{suffix}')
+        volume = same(read_series(tmp_path/f'{code}{suffix}'), hu, affine)
+        assert volume.uid == code and volume.notes == [f'the lowest value is {hu.min()}: no air, so these may not be Hounsfield units']
+
+
+def test_nifti_in_a_folder_scaled_and_refused(tmp_path):
+    import nibabel as nib
+    hu, affine = block()
+    img = nib.Nifti1Image(np.where(hu > 300, np.nan, hu - 1000).astype('f4'), np.diag([-1, -1, 1, 1]) @ affine)
+    (tmp_path/'study').mkdir()
+    nib.save(img, tmp_path/'study'/'ct.nii.gz')
+    volume = same(read_series(tmp_path/'study'), np.where(hu > 300, -1024, hu - 1000), affine)
+    assert volume.notes == [f'{(hu > 300).sum()} voxels without a number, taken for air']
+    nib.save(img, tmp_path/'study'/'again.nii')
+    with pytest.raises(NiftiError, match='2 NIfTI files'):
+        read_series(tmp_path/'study')
+    (tmp_path/'cut.nii').write_bytes((tmp_path/'study'/'again.nii').read_bytes()[:2000])
+    with pytest.raises(NiftiError, match='cut.nii cannot be read'):
+        read_series(tmp_path/'cut.nii')
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 3), 'i2'), np.eye(4)), tmp_path/'four.nii')
+    with pytest.raises(NiftiError, match='4 dimensions'):
+        read_series(tmp_path/'four.nii')
+    huge = bytearray((tmp_path/'study'/'again.nii').read_bytes())
+    huge[42:48] = np.array([30000, 30000, 30000], '<i2').tobytes()
+    (tmp_path/'huge.nii').write_bytes(huge)
+    with pytest.raises(NiftiError, match='header is damaged'):
+        read_series(tmp_path/'huge.nii')
