@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import RLELossless, generate_uid
 
-from .ctfile import LOSSY, SYNTAXES, Damaged, Decoders, Unusable, encode_frame, read_header, stored_values
+from .ctfile import LOSSY, SYNTAXES, Damaged, Decoders, Unusable, encode_frame, printable, read_header, stored_values
 from .presets import CspineError, progress
 
 # %% ../nbs/01_dicom.ipynb #f16dead9
@@ -191,11 +191,8 @@ def study_files(
 
 def _plural(n, word): return f'{n} {word}' if n == 1 else f'{n} {word}s'
 
-def _find_slices(folder, notes):
-    "Every CT slice in the folder, and a note on what else lies there."
-    if not folder.is_dir(): raise EmptyFolder(f'There is no folder {folder}; give a folder of DICOM files.')
-    files = study_files(folder)
-    if not files: raise EmptyFolder(f'{folder} holds no files; give a folder of DICOM files.')
+def _find_slices(folder, files, notes):
+    "Every CT slice among the files of the folder, and a note on what else lies there."
     slices, unusable, kinds = [], {}, set()
     for p in progress(files, 'reading headers', total=len(files)):
         try: slices += read_header(p)
@@ -219,7 +216,7 @@ def _says_neck(g):
 
 def _series(g):
     "A series in words: its number, its description, how many slices."
-    said = ''.join(c for c in g[0].h.get('SeriesDescription') or '' if c.isprintable())[:40]
+    said = printable(g[0].h.get('SeriesDescription') or '')
     return f'series {g[0].number:g}{f" {said!r}" if said else ""} ({_plural(len(g), "slice")} of {g[0].size[0]}x{g[0].size[1]})'
 
 def _pick_group(slices, folder, notes):
@@ -240,8 +237,9 @@ def _pick_group(slices, folder, notes):
     scout = lambda g: 'LOCALIZER' in g[0].h.get('ImageType', '')
     if all(map(scout, groups)): raise NoSeries(f'{folder} holds scout views only ({_names(slices)}); give a folder with the slices themselves.')
     # in the order in which they decide, each with its reason in words
-    ranks = [('the others are scouts', lambda g: not scout(g)), ('its description says neck, or another one says elsewhere', _says_neck),
-             ('it is axial', lambda g: g[0].axial), ('it has the most slices', len), ('it has the lowest series number', lambda g: -g[0].number)]
+    ranks = [('the others are scouts', lambda g: not scout(g)), ('its description names the neck', lambda g: _says_neck(g) > 0),
+             ('the others name another part of the body', lambda g: _says_neck(g) == 0),
+             ('the others are a few slices only', lambda g: len(g) > 9), ('it is axial', lambda g: g[0].axial), ('it has the most slices', len), ('it has the lowest series number', lambda g: -g[0].number)]
     best, *others = sorted(groups, key=lambda g: [rank(g) for _, rank in ranks], reverse=True)
     uid = best[0].h.get('SeriesInstanceUID')
     other = [g for g in others if g[0].h.get('SeriesInstanceUID') != uid]
@@ -277,7 +275,7 @@ def _stack(slices, notes):
     for s in slices:
         if stack and abs(at(s) - at(stack[-1][0])) < .015: stack[-1].append(s)  # mm; closer is the same place
         else: stack.append([s])
-    doubles = [s.path for same in stack for s in same[1:]]
+    doubles = [s for same in stack for s in same[1:]]
     if doubles: notes.append(f'left out {_plural(len(doubles), "slice")} at a position that another holds: {_names(doubles)}')
     heights = np.array([at(same[0]) for same in stack])
     first, last, gaps = stack[0][0], stack[-1][0], np.diff(heights)
@@ -333,7 +331,7 @@ def _decode(same, decode):
     for s in same:
         try: return _hu(s, decode), ''
         except Damaged as e: why = why or f'{s.name} {e}'
-        except OSError as e: why = why or f'{s.name} cannot be read ({e.strerror})'
+        except OSError as e: why = why or f'{s.name} cannot be read ({e.strerror or e})'
     return None, why
 
 _LPS = np.diag([-1., -1, 1, 1])  # NIfTI's axes are RAS
@@ -370,16 +368,18 @@ def _read_nifti(path):
     return Volume(hu, standard + 0., re.sub(r'\.nii(\.gz)?$', '', path.name, flags=re.I), notes)
 
 def read_series(
-    folder,               # a folder of DICOM files; or a NIfTI file, or a folder that holds one
+    folder,               # a folder of DICOM files, or one file: multi-frame DICOM or NIfTI
     workers: int = None,  # threads that decode; by default as many as there are cores, at most 8
 ) -> Volume:              # (z, y, x) int16 HU, head to feet, front to back, the patient's right to left
     "Read a study as one CT volume; raises a `DicomError` that says what is wrong with it."
     folder, notes = Path(folder), []
-    if folder.is_file() and _is_nifti(folder): return _read_nifti(folder)
-    if folder.is_dir() and (files := study_files(folder)) and all(map(_is_nifti, files)):
+    if not folder.exists(): raise EmptyFolder(f'There is no folder {folder}; give a folder of DICOM files.')
+    files = study_files(folder)
+    if not files: raise EmptyFolder(f'{folder} holds no files; give a folder of DICOM files.')
+    if all(map(_is_nifti, files)):
         if len(files) > 1: raise NiftiError(f'{folder} holds {len(files)} NIfTI files ({_names(files)}); give one of them.')
         return _read_nifti(files[0])
-    slices = _pick_group(_find_slices(folder, notes), folder, notes)
+    slices = _pick_group(_find_slices(folder, files, notes), folder, notes)
     _place(slices, notes)
     stack, acquired_affine = _stack(slices, notes)
     _notes_on_values([same[0] for same in stack if 'cut' not in same[0].h], notes)
@@ -390,7 +390,7 @@ def read_series(
     def fill(k):
         frame, why = _decode(stack[k], decode)
         if frame is None: bad[k] = why
-        elif len(bad) <= .1*n: view[k] = frame
+        else: view[k] = frame
     with Decoders() as decode, ThreadPoolExecutor(workers or min(8, _cores())) as pool:
         for _ in progress(pool.map(fill, range(n)), 'decoding slices', total=n):
             if len(bad) > .1*n: pool.shutdown(cancel_futures=True); break

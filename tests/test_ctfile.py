@@ -66,6 +66,11 @@ def test_enhanced_multi_frame(tmp_path, how):
     assert volume.notes == (['rescale differs between slices; each read by its own'] if 'slopes' in how else [])
 
 
+def test_one_multi_frame_file_is_a_study_of_its_own(tmp_path):
+    hu, affine = block()
+    same(read_series(enhanced(hu, affine, tmp_path / 'e') / 'all.dcm'), hu, affine)
+
+
 def test_a_multi_frame_file_that_is_cut_off(tmp_path):
     hu, affine = block()
     path = enhanced(hu, affine, tmp_path / 'e') / 'all.dcm'
@@ -127,6 +132,13 @@ def test_a_decoder_that_hangs_is_stopped_and_the_next_frame_gets_another(monkeyp
     assert all(c.process.poll() is not None for c in decode.all)
 
 
+def test_a_process_that_does_not_start_is_a_damaged_slice_not_a_traceback(tmp_path, monkeypatch):
+    folder = write_series(*block((2, 8, 8)), tmp_path / 'a', syntax='jpegls')
+    monkeypatch.setattr(ctfile.sys, 'executable', shutil.which('false'))
+    with pytest.raises(DamagedSeries, match='1.dcm cannot be read .no process to decode in could be started'):
+        read_series(folder)
+
+
 def test_bytes_without_preamble_and_the_wrong_encoding(tmp_path):
     hu, affine = block((2, 8, 8))
     folder = write_series(hu, affine, tmp_path / 'a', syntax='implicit')
@@ -144,6 +156,9 @@ def test_bytes_without_preamble_and_the_wrong_encoding(tmp_path):
 
 def test_ten_thousand_mutated_files(tmp_path):
     "Bit flips, cuts, overwritten lengths: each is read or refused by our own error, in a process that survives it."
+    for syntax in ('explicit', 'jpeg_lossless'):
+        path = enhanced(*block((3, 24, 20)), tmp_path / f'enhanced_{syntax}', syntax=syntax) / 'all.dcm'
+        path.rename(tmp_path / f'{syntax}.seed')
     code = f'''
 import collections, json, logging, resource, warnings, numpy as np
 from pathlib import Path
@@ -156,6 +171,7 @@ y, x = np.mgrid[:24, :20]
 hu = (20*x + 13*y + np.random.default_rng(0).normal(0, 30, (1, 24, 20))).astype("i2")
 for s in c.SYNTAXES:
     seeds.append((write_series(hu, np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]], root/s, syntax=s)/"1.dcm").read_bytes())
+seeds += [p.read_bytes() for p in sorted(root.glob("*.seed"))]
 path = root/"x.dcm"
 with c.Decoders() as decode:
     for i in range(10_000):
@@ -180,7 +196,7 @@ print(json.dumps(ends))
     assert 'shape' not in ends and min(ends['read'], ends['refused'], ends['damaged']) > 500 and sum(ends.values()) >= 10_000
 
 
-def test_header_only_reads_what_it_needs(tmp_path):
+def test_a_slice_has_the_numbers_of_its_header(tmp_path):
     folder = write_series(*block((1, 8, 8)), tmp_path / 'a')
     s, = read_header(folder / '1.dcm')
     assert s.size == (8, 8) and s.pixel == (.5, .4) and s.name == '1.dcm' and s.axial

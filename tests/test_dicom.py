@@ -293,14 +293,14 @@ def test_of_several_series_the_one_with_most_axial_slices(series, tmp_path):
     for p in write_series(hu[:5] + 1, affine, tmp_path/'t').iterdir():
         shutil.copy(p, folder/f't{p.name}')
     note, = same(read_series(folder), hu, affine).notes
-    assert 'took series 1 (12 slices of 20x16), because it has the most slices' in note
-    assert 'left out series 1 (5 slices of 20x16), series 1 (16 slices of 20x30)' in note
+    assert 'took series 1 (12 slices of 20x16), because it is axial' in note
+    assert 'left out series 1 (16 slices of 20x30), series 1 (5 slices of 20x16)' in note
 
 
 @pytest.mark.parametrize('ours, theirs, why', [
-    (dict(SeriesDescription='C-SPINE BONE'), dict(SeriesDescription='HEAD 1.0'), "series 7 'C-SPINE BONE' (12 slices of 20x16), because its description says neck"),
-    (dict(BodyPartExamined='NECK'), {}, 'because its description says neck'),
-    ({}, dict(ProtocolName='Chest routine'), 'or another one says elsewhere'),
+    (dict(SeriesDescription='C-SPINE BONE'), dict(SeriesDescription='HEAD 1.0'), "series 7 'C-SPINE BONE' (12 slices of 20x16), because its description names the neck"),
+    (dict(BodyPartExamined='NECK'), {}, 'because its description names the neck'),
+    ({}, dict(ProtocolName='Chest routine'), 'because the others name another part of the body'),
     ({}, dict(ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER']), 'because the others are scouts')])
 def test_the_series_that_is_the_neck_is_taken_and_why(tmp_path, ours, theirs, why):
     hu, affine = block()
@@ -309,6 +309,16 @@ def test_the_series_that_is_the_neck_is_taken_and_why(tmp_path, ours, theirs, wh
         shutil.copy(p, folder/f'b{p.name}')
     note, = same(read_series(folder), hu, affine).notes
     assert why in note and 'left out series 1' in note and '(24 slices' in note
+
+
+def test_a_few_axial_slices_are_not_the_series(tmp_path):
+    "As a bolus tracker leaves them beside the reformats of a neck."
+    hu, affine = block()
+    folder = write_series(hu.transpose(2, 0, 1), affine[:, [2, 0, 1, 3]], tmp_path/'a')
+    for p in write_series(hu[:3], affine, tmp_path/'b').iterdir():
+        shutil.copy(p, folder/f'b{p.name}')
+    note, = same(read_series(folder), hu, affine).notes
+    assert 'because the others are a few slices only' in note
 
 
 def test_scouts_alone_are_no_series(tmp_path):
