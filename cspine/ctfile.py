@@ -352,9 +352,7 @@ def _unrle(data, count, size):
     bounds, planes = [*starts[:n], len(data)], np.empty((count, size), 'u1')
     if n != size or bounds[0] < 64 or bounds != sorted(bounds): raise Damaged('has a damaged RLE header')
     for k in range(n):
-        plane = imagecodecs.packbits_decode(data[bounds[k]:bounds[k+1]])
-        if len(plane) < count: raise Damaged('has too few pixels in its RLE')
-        planes[:, n-1-k] = np.frombuffer(plane, 'u1', count)
+        planes[:, n-1-k] = np.frombuffer(imagecodecs.packbits_decode(data[bounds[k]:bounds[k+1]]), 'u1', count)
     return planes.view(f'<u{size}')
 
 def _decode(data, family, rows, columns, size):

@@ -133,6 +133,17 @@ def test_fractional_slope_rounds_and_clips(tmp_path):
     assert (read_series(folder).hu[0] == np.minimum(stored.astype(int)*300, 32767)).all()
 
 
+def test_values_above_16_bits_are_clipped_not_wrapped(tmp_path):
+    hu, affine = block((1, 8, 8))
+    folder = write_series(hu, affine, tmp_path)
+    ds = pydicom.dcmread(folder/'1.dcm')
+    ds.PixelData, ds.RescaleIntercept = np.full((8, 8), 40000, '<u2').tobytes(), -1024
+    ds.save_as(folder/'1.dcm')
+    assert (read_series(folder).hu == 32767).all()
+    edit(folder/'1.dcm', RescaleIntercept=-10000)
+    assert (read_series(folder).hu == 30000).all()
+
+
 @pytest.mark.parametrize('signed', [0, 1])
 def test_rubbish_above_bits_stored_is_masked(tmp_path, signed):
     hu, affine = block((2, 8, 8))
@@ -354,6 +365,20 @@ def test_a_cut_off_slice_is_filled_from_its_neighbours(tmp_path, syntax):
     assert volume.notes == ['1 damaged slice filled from the neighbours: 6.dcm is cut off']
 
 
+def test_a_frame_that_is_cut_off_in_its_second_fragment(tmp_path):
+    from pydicom.encaps import encapsulate
+    hu, affine = block()
+    folder = write_series(hu, affine, tmp_path, syntax='jpeg_lossless')
+    ds = pydicom.dcmread(folder/'6.dcm')
+    frame = next(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1))
+    ds.PixelData = encapsulate([frame], fragments_per_frame=2)
+    ds['PixelData'].is_undefined_length = True
+    ds.save_as(folder/'6.dcm')
+    same(read_series(folder), hu, affine)
+    (folder/'6.dcm').write_bytes((folder/'6.dcm').read_bytes()[:-60])
+    assert read_series(folder).notes == ['1 damaged slice filled from the neighbours: 6.dcm is cut off']
+
+
 def test_a_cut_off_end_slice_is_a_copy(series):
     hu, affine, folder = series
     (folder/'1.dcm').write_bytes((folder/'1.dcm').read_bytes()[:1200])
@@ -452,6 +477,10 @@ def test_nifti_in_a_folder_scaled_and_refused(tmp_path):
     nib.save(img, tmp_path/'study'/'ct.nii.gz')
     volume = same(read_series(tmp_path/'study'), np.where(hu > 300, -1024, hu - 1000), affine)
     assert volume.notes == [f'{(hu > 300).sum()} voxels without a number, taken for air']
+    scaled = nib.Nifti1Image(hu, np.diag([-1, -1, 1, 1]) @ affine)
+    scaled.header.set_slope_inter(2, -1000)  # the array is what is stored
+    nib.save(scaled, tmp_path/'scaled.nii')
+    same(read_series(tmp_path/'scaled.nii'), 2*hu - 1000, affine)
     nib.save(img, tmp_path/'study'/'again.nii')
     with pytest.raises(NiftiError, match='2 NIfTI files'):
         read_series(tmp_path/'study')
