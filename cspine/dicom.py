@@ -7,7 +7,7 @@ __all__ = ['Volume', 'DicomError', 'EmptyFolder', 'NoDicom', 'NoPixels', 'NoSeri
            'write_series', 'study_files', 'read_series']
 
 # %% ../nbs/01_dicom.ipynb #17d30fbe
-import hashlib, itertools, os, re
+import hashlib, os, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import RLELossless, generate_uid
 
+from .acquired import Acquired, lay_out, standardize
 from .ctfile import LOSSY, SYNTAXES, Damaged, Decoders, Unusable, encode_frame, printable, read_header, stored_values
 from .presets import CspineError, progress
 
@@ -29,6 +30,7 @@ class Volume:
     affine: np.ndarray   # (4, 4) float64; index (z, y, x, 1) -> LPS mm
     uid: str = ''        # StudyInstanceUID
     notes: list = field(default_factory=list) # what was odd in the series and what was done about it
+    acquired: Acquired = None # where each slice of the series lies in `hu`; None where it was made otherwise
 
     @property
     def spacing(self):
@@ -154,25 +156,6 @@ def _hu(s, decode):
     if outside is not None: hu[outside] = -1024
     return hu
 
-# %% ../nbs/01_dicom.ipynb #e6eb0ca8
-_WANTED = np.array([(0, 0, -1), (0, 1, 0), (1, 0, 0)]).T  # columns: z to the feet, y to the back, x to the left
-
-def _standard_axes(affine):
-    "Which acquired axis (k, row, column) becomes z, y and x, and each one's sign: ((a, b, c), (sz, sy, sx))."
-    along = _WANTED.T @ (affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))  # (wanted, acquired) cosines
-    order = max(itertools.permutations(range(3)), key=lambda p: sum(abs(along[i, p[i]]) for i in range(3)))
-    return order, tuple(1 if along[i, order[i]] >= 0 else -1 for i in range(3))
-
-def _standardize(affine, shape):
-    "The affine of the standard array, its shape, and a function that shows such an array in acquired order (a view)."
-    order, signs = _standard_axes(affine)
-    A, new = affine.copy(), tuple(shape[a] for a in order)
-    for i, (a, sign) in enumerate(zip(order, signs)):
-        A[:3, i] = sign*affine[:3, a]
-        if sign < 0: A[:3, 3] += affine[:3, a]*(shape[a] - 1)
-    acquired = lambda hu: hu[tuple(slice(None, None, s) for s in signs)].transpose(np.argsort(order))
-    return A, new, acquired
-
 # %% ../nbs/01_dicom.ipynb #c1cff770
 def _names(paths, n=3):
     "The first few file names, and how many more."
@@ -267,7 +250,7 @@ def _place(slices, notes):
         s.position = np.array([0, 0, s.location if by == 'location' else -k*step])
 
 def _stack(slices, notes):
-    "Slices in order of position, the other ones at the same place for each, and the affine as acquired."
+    "Slices in order of position, the other ones at the same place for each."
     n = slices[0].normal
     at = lambda s: float(s.position @ n)
     slices = sorted(slices, key=lambda s: (round(at(s), 2), s.acquisition, s.instance or 0, _natural(s.path)))
@@ -277,38 +260,10 @@ def _stack(slices, notes):
         else: stack.append([s])
     doubles = [s for same in stack for s in same[1:]]
     if doubles: notes.append(f'left out {_plural(len(doubles), "slice")} at a position that another holds: {_names(doubles)}')
-    heights = np.array([at(same[0]) for same in stack])
-    first, last, gaps = stack[0][0], stack[-1][0], np.diff(heights)
-    origin = np.array(first.position)
     if len(stack) == 1:
-        dz = first.thickness or 1.
-        known = 'its thickness' if first.thickness else 'no thickness given, so 1 mm'
+        known = 'its thickness' if slices[0].thickness else 'no thickness given, so 1 mm'
         notes.append(f'one slice only; {known} is the spacing')
-        step = n*dz
-    else:
-        dz = float(np.median(gaps))
-        steps = np.r_[0, np.cumsum(np.maximum(np.rint(gaps/dz), 1))]  # positions are written with few digits, and the
-        fit = np.polyfit(steps, heights, 1)                           # median of their gaps would drift by millimetres
-        if np.abs(heights - np.polyval(fit, steps)).max() <= max(.05*dz, .02): dz = float(fit[0])
-        run = np.subtract(last.position, first.position)
-        step = run/(run @ n)*dz  # keeps the shear of a tilted gantry, where slices do not lie along their normal
-        off = heights - heights[0] - dz*np.arange(len(stack))  # after a gap, most slices lie where the affine says
-        origin = origin + step/dz*np.sort(off)[len(stack)//2]
-        wide = [i for i, g in enumerate(gaps) if g > 1.5*dz]
-        for i in wide[:3]: notes.append(f'gap of {gaps[i]:.2f} mm between {stack[i][0].name} and '
-                                        f'{stack[i+1][0].name}; the other slices are {dz:.2f} mm apart')
-        if len(wide) > 3: notes.append(f'{len(wide)-3} more gaps between slices')
-        if not wide and np.abs(gaps - dz).max() > max(.05*dz, .02):
-            notes.append(f'uneven spacing: {gaps.min():.2f} to {gaps.max():.2f} mm; the median, {dz:.2f} mm, is taken')
-    A = np.eye(4)
-    row, column = np.array(first.orientation).reshape(2, 3)
-    A[:3, 0], A[:3, 1] = step, column*first.pixel[0]
-    A[:3, 2], A[:3, 3] = row*first.pixel[1], origin
-    tilt = np.degrees(np.arccos(min(1., abs(step @ n)/np.linalg.norm(step))))
-    if tilt > 1: notes.append(f'tilted gantry: slices are sheared by {tilt:.1f} degrees, as the affine says')
-    oblique = np.degrees(np.arccos(min(1., np.abs(n).max())))
-    if oblique > 20: notes.append(f'slices {oblique:.0f} degrees off the nearest main plane; the array is not resampled')
-    return stack, A
+    return stack
 
 def _notes_on_values(slices, notes):
     "What the headers say about the values that a reader should know."
@@ -355,7 +310,7 @@ def _read_nifti(path):
     except NiftiError: raise
     except Exception as e: raise NiftiError(f'{path} cannot be read as NIfTI ({type(e).__name__}: {e}); copy it again.') from None
     if not (img.header['sform_code'] or img.header['qform_code']): notes.append('no orientation in the NIfTI header; axes taken as right, front, head')
-    standard, new, acquired = _standardize(affine, shape)
+    standard, new, acquired = standardize(affine, shape)
     hu = np.empty(new, 'i2')
     view, lost = acquired(hu), 0
     for k in range(shape[2]):
@@ -368,9 +323,11 @@ def _read_nifti(path):
     return Volume(hu, standard + 0., re.sub(r'\.nii(\.gz)?$', '', path.name, flags=re.I), notes)
 
 def read_series(
-    folder,               # a folder of DICOM files, or one file: multi-frame DICOM or NIfTI
-    workers: int = None,  # threads that decode; by default as many as there are cores, at most 8
-) -> Volume:              # (z, y, x) int16 HU, head to feet, front to back, the patient's right to left
+    folder,                 # a folder of DICOM files, or one file: multi-frame DICOM or NIfTI
+    workers: int = None,    # threads that decode; by default as many as there are cores, at most 8
+    straighten: bool = True,# move the slices of a tilted gantry so that they lie one behind the other; else the affine is sheared
+    even: bool = True,      # interpolate uneven spacing and gaps; else slices are stacked as they are
+) -> Volume:                # (z, y, x) int16 HU, head to feet, front to back, the patient's right to left
     "Read a study as one CT volume; raises a `DicomError` that says what is wrong with it."
     folder, notes = Path(folder), []
     if not folder.exists(): raise EmptyFolder(f'There is no folder {folder}; give a folder of DICOM files.')
@@ -381,32 +338,46 @@ def read_series(
         return _read_nifti(files[0])
     slices = _pick_group(_find_slices(folder, files, notes), folder, notes)
     _place(slices, notes)
-    stack, acquired_affine = _stack(slices, notes)
+    stack, first = _stack(slices, notes), slices[0]
+    a, keep, said = lay_out([same[0].name for same in stack], [same[0].position for same in stack], first.orientation,
+                            first.pixel, first.size, first.thickness or 1., straighten, even)
+    stack, notes = stack[keep], notes + said
+    if np.prod(a.shape, dtype=float) > _VOXELS:
+        raise DicomError(f'{folder} would make a volume of {" x ".join(map(str, a.shape))} voxels, more than {_VOXELS:,}; '
+                         'give a folder with fewer slices, or read it with even=False.')
     _notes_on_values([same[0] for same in stack if 'cut' not in same[0].h], notes)
-    n, (rows, columns) = len(stack), slices[0].size
-    affine, shape, acquired = _standardize(acquired_affine, (n, rows, columns))
+    affine, shape, acquired = standardize(a.affine, a.shape)
     hu = np.empty(shape, 'i2')
-    view, bad = acquired(hu), {}
-    def fill(k):
+    with ThreadPoolExecutor(workers or min(8, _cores())) as pool: _fill(acquired(hu), a, stack, pool, folder, notes)
+    return Volume(hu, affine + 0., first.h.get('StudyInstanceUID') or folder.name, notes, a)  # + 0.: no -0 in print
+
+_AT_ONCE = 32   # slices in memory beside the volume
+
+def _fill(view, a, stack, pool, folder, notes):
+    "Decode the slices onto the volume, and fill from their neighbours what no slice gives: damage, gaps, uneven places."
+    n, bad, between = len(stack), {}, {}   # between: slices that do not lie on one of the volume's own
+    def put(k):
         frame, why = _decode(stack[k], decode)
         if frame is None: bad[k] = why
-        else: view[k] = frame
-    with Decoders() as decode, ThreadPoolExecutor(workers or min(8, _cores())) as pool:
-        for _ in progress(pool.map(fill, range(n)), 'decoding slices', total=n):
-            if len(bad) > .1*n: pool.shutdown(cancel_futures=True); break
-    bad = dict(sorted(bad.items()))
-    if bad: _mend(view, bad, [float(same[0].position @ same[0].normal) for same in stack], folder, notes)
-    return Volume(hu, affine + 0., slices[0].h.get('StudyInstanceUID') or folder.name, notes)  # + 0.: no -0 in print
+        elif a.at[k] % 1: between[k] = a.place(frame, k)
+        else: view[int(a.at[k])] = _int16(a.place(frame, k))
+        return k
+    def get(k): return between[k] if k in between else view[int(a.at[k])]
+    def fill(p, q):
+        for z in range(0 if p is None else int(a.at[p]) + 1, len(view) if q is None else int(np.ceil(a.at[q]))):
+            if p is None or q is None: view[z] = _int16(get(q if p is None else p)); continue
+            w = np.float32((z - a.at[p])/(a.at[q] - a.at[p]))
+            view[z] = _int16(get(p)*(1 - w) + get(q)*w)
+    def in_order():
+        for i in range(0, n, _AT_ONCE): yield from pool.map(put, range(i, min(i + _AT_ONCE, n)))
+    last, why = None, []
+    with Decoders() as decode:
+        for k in progress(in_order(), 'decoding slices', total=n):
+            if k not in bad: fill(last, k); between.pop(last, None); last = k; continue
+            why.append(bad[k])
+            if len(why) > .1*n: raise DamagedSeries(f'at least {len(why)} of {_plural(n, "slice")} in {folder} cannot be '
+                                                    f'decoded: {"; ".join(why[:3])}. Copy the study again.')
+        fill(last, None)
+    if why: notes.append(f'{_plural(len(why), "damaged slice")} filled from the neighbours: {"; ".join(why[:3])}')
 
-def _mend(view, bad, at, folder, notes):
-    "Fill damaged slices from their neighbours by position, where they are few."
-    if len(bad) > .1*len(view):
-        raise DamagedSeries(f'{len(bad)} of {_plural(len(view), "slice")} in {folder} cannot be decoded: '
-                            f'{"; ".join(list(bad.values())[:3])}. Copy the study again.')
-    good = [k for k in range(len(view)) if k not in bad]
-    for k in bad:
-        a, b = max((g for g in good if g < k), default=None), min((g for g in good if g > k), default=None)
-        if a is None or b is None: view[k] = view[b if a is None else a]; continue
-        w = (at[k] - at[a])/(at[b] - at[a])
-        view[k] = np.rint(view[a]*(1 - w) + view[b]*w)
-    notes.append(f'{_plural(len(bad), "damaged slice")} filled from the neighbours: {"; ".join(list(bad.values())[:3])}')
+def _int16(a): return a if a.dtype == np.int16 else np.clip(np.rint(a), -32768, 32767).astype('i2')

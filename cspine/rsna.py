@@ -255,7 +255,10 @@ def read_mask(
     if data.ndim == 4 and data.shape[3] == 1: data = data[...,0]
     if data.ndim != 3: raise MaskError(f'{path} has {data.ndim} dimensions, a mask has 3')
     affine = _RAS @ img.affine
-    found = _onto(data.shape, affine, volume.shape, np.asarray(volume.affine, float))
+    grids = [(volume.shape, np.asarray(volume.affine, float))]
+    a = getattr(volume, 'acquired', None)       # a mask may also lie on the slices, before they were straightened or evened
+    if a: grids += [((len(a.at), *a.size), g) for g in a.grids]
+    on,found = next(((i,f) for i,g in enumerate(grids) if (f := _onto(data.shape, affine, *g))), (None,None))
     if found is None:
         codes = ''.join(c or '?' for c in nib.aff2axcodes(img.affine)) if np.isfinite(img.affine).all() else 'no axes'
         raise MaskError(f'{path} does not lie on the scan: mask {_geometry(data.shape, affine, codes)}; '
@@ -265,7 +268,8 @@ def read_mask(
     bad = [v for v in values if not (0 <= v <= 19 and v == int(v))]
     if bad: raise MaskError(f'{path} holds the value {bad[0]:g}: a mask has whole numbers from 0 to 19')
     labels = np.minimum(data, len(LEVELS)+1).astype(np.uint8).transpose(order)
-    return np.ascontiguousarray(labels[tuple(slice(None, None, -1 if f else 1) for f in flips)])
+    labels = labels[tuple(slice(None, None, -1 if f else 1) for f in flips)]
+    return a.labels(labels) if on else np.ascontiguousarray(labels)
 
 def write_mask(
     labels,         # (z, y, x) uint8: 0 background, 1-7 C1-C7, 8 T

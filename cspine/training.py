@@ -323,24 +323,16 @@ def crop_study(
     labels = predict_labels([_networks[run,k]], preset.segmentation, volume)
     boxes = boxes_from_labels(labels)
     crops,present = crop_vertebrae(volume, boxes, preset.classification, labels)
-    broken = crop_slices(_fracture_boxes(study, volume, found), labels, volume.spacing, boxes, fractured, preset.classification)
+    broken = crop_slices(_fracture_boxes(volume, found), labels, volume.spacing, boxes, fractured, preset.classification)
     part = path.with_name(f'{path.stem}.part.npz')
     np.savez(part, crops=crops, masks=crop_masks(labels, volume.spacing, boxes, preset.classification), present=present, broken=broken)
     part.replace(path)
     return int(present.sum()) or 'stage 1 finds no vertebra in it'
 
-def _fracture_boxes(study, volume, found):
-    "(n, 6) int on the volume's grid; a slice_number is a file's name, and the file's header says where it lies"
-    from pydicom import dcmread
-    to_voxel,out = np.linalg.inv(volume.affine),[]
-    for x,y,w,h,n in found[['x','y','width','height','slice_number']].itertuples(index=False):
-        path = study/f'{int(n)}.dcm'
-        if not path.exists(): continue
-        position = dcmread(path, stop_before_pixels=True, specific_tags=['ImagePositionPatient']).get('ImagePositionPatient')
-        if position is None: continue
-        z = int(round((to_voxel @ [*map(float, position), 1])[0]))
-        if 0 <= z < volume.shape[0]: out.append((z, z+1, int(y), int(np.ceil(y+h)), int(x), int(np.ceil(x+w))))
-    return np.array(out, int).reshape(-1, 6)
+def _fracture_boxes(volume, found):
+    "(n, 6) int on the volume's grid; a slice_number is a file's name, and the volume knows where that slice went"
+    out = [volume.acquired.box(f'{int(n)}.dcm', (y, y+h), (x, x+w)) for x,y,w,h,n in found[['x','y','width','height','slice_number']].itertuples(index=False)]
+    return np.array([b for b in out if b], int).reshape(-1, 6)
 
 def cache_crops(
     data:Path,          # folder in the competition's layout

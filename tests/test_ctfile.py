@@ -135,7 +135,7 @@ def test_a_decoder_that_hangs_is_stopped_and_the_next_frame_gets_another(monkeyp
 def test_a_process_that_does_not_start_is_a_damaged_slice_not_a_traceback(tmp_path, monkeypatch):
     folder = write_series(*block((2, 8, 8)), tmp_path / 'a', syntax='jpegls')
     monkeypatch.setattr(ctfile.sys, 'executable', shutil.which('false'))
-    with pytest.raises(DamagedSeries, match='1.dcm cannot be read .no process to decode in could be started'):
+    with pytest.raises(DamagedSeries, match='[12].dcm cannot be read .no process to decode in could be started'):
         read_series(folder)
 
 

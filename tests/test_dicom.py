@@ -225,10 +225,11 @@ def test_a_turned_head_stays_in_the_affine(tmp_path):
     assert volume.notes == [] and np.allclose(volume.spacing, (.8, .5, .4))
 
 
-def test_a_tilted_gantry_stays_in_the_affine(tmp_path):
+def test_a_tilted_gantry_stays_in_the_affine_where_asked(tmp_path):
     hu, affine = block()
     affine[1, 0] = .2  # each slice lies 0.2 mm further back than the one above
-    assert 'tilted' in same(read_series(write_series(hu, affine, tmp_path)), hu, affine).notes[0]
+    volume = same(read_series(write_series(hu, affine, tmp_path), straighten=False), hu, affine)
+    assert volume.notes == ['tilted gantry, 14.0 degrees: sheared, as the affine says']
 
 
 def test_real_one_slice_study(tmp_path):
@@ -264,12 +265,15 @@ def test_duplicates_gaps_and_letters_are_noted(series):
     (folder/'9.dcm').unlink()
     (folder/'readme.dcm').write_text('this is a letter\n'*40)
     (folder/'nothing.dcm').touch()
-    volume = same(read_series(folder), np.delete(hu, 8, 0), affine)
+    volume = same(read_series(folder, even=False), np.delete(hu, 8, 0), affine)
     text = '\n'.join(volume.notes)
     assert len(volume.notes) == 3
     for words in ('readme.dcm is not DICOM', 'nothing.dcm is empty', 'copy.dcm',
                   'gap of 1.60 mm between 10.dcm and 8.dcm; the other slices are 0.80 mm apart'):
         assert words in text, text
+    hu[8] = np.rint(hu[7]/2 + hu[9]/2)
+    notes = same(read_series(folder), hu, affine).notes
+    assert 'gap of 1.60 mm between 10.dcm and 8.dcm; filled by interpolation' in notes
 
 
 def test_a_damaged_slice_is_replaced_by_its_duplicate(series):
@@ -279,11 +283,14 @@ def test_a_damaged_slice_is_replaced_by_its_duplicate(series):
     same(read_series(folder), hu, affine)
 
 
-def test_uneven_spacing_takes_the_median(series):
+def test_uneven_spacing_is_evened(series):
     hu, affine, folder = series
-    edit(folder/'4.dcm', ImagePositionPatient=[-11.5, 7.25, 101.125 - .8*3 - .2])
+    edit(folder/'4.dcm', ImagePositionPatient=[-11.5, 7.25, 101.125 - .8*3 - .2])  # a quarter of the spacing too low
+    volume = same(read_series(folder, even=False), hu, affine)
+    assert volume.notes == ['uneven spacing: 0.60 to 1.00 mm; the median, 0.80 mm, is taken']
+    hu[3] = np.rint(hu[3]*.8 + hu[2]*.2)
     volume = same(read_series(folder), hu, affine)
-    assert 'uneven spacing: 0.60 to 1.00 mm' in volume.notes[0]
+    assert volume.notes == ['uneven spacing: 0.60 to 1.00 mm; evened to 0.80 mm by interpolation']
 
 
 def test_mixed_sizes_keep_the_majority(series, tmp_path):
