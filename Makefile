@@ -36,7 +36,7 @@ test:
 	$(BIN)/pytest -q tests
 
 bench:
-	$(call need,$(VENV)/base.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
+	$(call need,$(VENV)/bench.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
 	$(BIN)/python scripts/bench.py
 
 export: $(VENV)/test.stamp
@@ -66,6 +66,12 @@ $(VENV)/test.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
 	@rm -rf build/lib build/bdist.*
 	@echo 'installing the project, and what its tests need, into $(VENV)'
 	$(BIN)/python -m pip install '.[train,pretrained,dev]'
+	@touch $@ $(VENV)/base.stamp $(VENV)/code.stamp
+
+$(VENV)/bench.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
+	@rm -rf build/lib build/bdist.*
+	@echo 'installing the project, and what it is measured against, into $(VENV)'
+	$(BIN)/python -m pip install '.[bench]'
 	@touch $@ $(VENV)/base.stamp $(VENV)/code.stamp
 
 $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp

@@ -14,7 +14,7 @@ def lines(text):
 
 
 extras = {name: lines(text) for name, text in settings['extras'].items()}
-extras['all'] = sorted({r for name, rs in extras.items() if name != 'dev' for r in rs})
+extras['all'] = sorted({r for name, rs in extras.items() if name not in ('dev', 'bench') for r in rs})
 
 setup(
     name=package['name'],

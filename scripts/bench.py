@@ -1,5 +1,11 @@
-"""What reading and predicting cost on this machine: `make bench`. Medians of several runs; ratios travel, times do not."""
+"""What reading and predicting cost on this machine: `make bench`. Medians of several runs; ratios travel, times do not.
+
+`make bench` installs what the others need. Memory on Linux only, by the kernel's mark of a process's largest size.
+"""
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +18,7 @@ from cspine.dicom import read_series, write_series
 from cspine.inference import Pipeline
 from cspine.phantom import make_study
 
-SLICES, RUNS = 48, 5
+SLICES, RUNS = 300, 3
 
 
 def median_ms(function, *args):
@@ -24,23 +30,82 @@ def median_ms(function, *args):
     return 1000 * statistics.median(took)
 
 
-def plain(folder):
-    """What most kernels do: pydicom in a loop."""
-    slices = sorted(map(pydicom.dcmread, folder.iterdir()), key=lambda d: d.ImagePositionPatient[2])
-    return np.stack([d.pixel_array * d.RescaleSlope + d.RescaleIntercept for d in slices]).astype(np.int16)
+def by_cspine(folder):
+    return read_series(folder).hu
+
+
+def by_simpleitk(folder):
+    import SimpleITK as sitk
+
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    return sitk.GetArrayFromImage(reader.Execute())
+
+
+def by_pydicom(folder, plugin=''):
+    """What most kernels do: pydicom in a loop, sorted by position."""
+    slices = sorted(map(pydicom.dcmread, folder.iterdir()), key=lambda d: -d.ImagePositionPatient[2])
+    for d in slices:
+        d.pixel_array_options(decoding_plugin=plugin)
+    return np.stack([(d.pixel_array * d.RescaleSlope + d.RescaleIntercept).astype(np.int16) for d in slices])
+
+
+def best_plugin(folder, tmp):
+    """The fastest of pydicom's plug-ins for these files, by the first ten of them."""
+    few = tmp / 'few'
+    few.mkdir(exist_ok=True)
+    for k in range(10):
+        shutil.copy(folder / f'{k + 1}.dcm', few)
+    took = {}
+    for plugin in ('', 'pydicom', 'gdcm', 'pylibjpeg'):   # '': raw, which needs none
+        try:
+            by_pydicom(few, plugin)
+            took[plugin] = median_ms(by_pydicom, few, plugin)
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError):
+            continue    # this one does not read the syntax
+    return min(took, key=took.get)
+
+
+def peak(reader, folder):
+    """How many times the int16 volume a process grows by while it reads: in a process of its own, warmed up on another study."""
+    code = (
+        'import re, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import bench\n'
+        'rss = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024\n'
+        'read = eval(sys.argv[2], vars(bench)); read(Path(sys.argv[4])); before = rss()\n'
+        'hu = read(Path(sys.argv[3])); print((rss() - before) / (2 * hu.size))\n'
+    )
+    few = folder.parent / 'few'
+    shutil.rmtree(few, ignore_errors=True)
+    few.mkdir()
+    for k in range(4):
+        shutil.copy(folder / f'{k + 1}.dcm', few)
+    args = [sys.executable, '-c', code, str(Path(__file__).parent), reader, str(folder), str(few)]
+    return float(subprocess.run(args, check=True, capture_output=True, text=True).stdout)
 
 
 def reading(volume, tmp):
-    print(f'reading, ms per slice of {volume.shape[1]} x {volume.shape[2]}, {SLICES} slices')
-    hu = volume.hu[:SLICES]
-    for syntax in ('explicit', 'rle', 'jpeg_lossless', 'jpeg2000'):
+    hu = np.resize(volume.hu, (SLICES, *volume.shape[1:]))
+    print(f'reading {SLICES} slices of {hu.shape[1]} x {hu.shape[2]}: seconds, times as fast as the others, peak memory over the volume\'s own')
+    for syntax in ('explicit', 'jpeg_lossless', 'rle', 'jpeg2000'):
         folder = write_series(hu, volume.affine, tmp / syntax, syntax=syntax)
-        ours, line = median_ms(read_series, folder) / len(hu), f'  {syntax:14}'
-        line += f'read_series {ours:6.2f}'
-        if syntax in ('explicit', 'rle'):   # pydicom reads the others only with further packages
-            theirs = median_ms(plain, folder) / len(hu)
-            line += f'   pydicom in a loop {theirs:6.2f}   {theirs / ours:4.1f} times as fast'
-        print(line)
+        plugin = best_plugin(folder, tmp)
+        readers = {'cspine': 'by_cspine', 'SimpleITK': 'by_simpleitk',
+                   f'pydicom {plugin}'.strip(): f'lambda folder: by_pydicom(folder, {plugin!r})'}
+        functions = {name: eval(code) for name, code in readers.items()}
+        for name, f in functions.items():
+            got = f(folder)
+            assert (got == hu).all() or (got[::-1] == hu).all(), name   # SimpleITK goes from the feet to the head
+        runs = {name: [] for name in readers}
+        for _ in range(RUNS):                    # in turn, so that a busy machine is busy for all
+            for name, f in functions.items():
+                start = time.perf_counter()
+                f(folder)
+                runs[name].append(time.perf_counter() - start)
+        took = {name: statistics.median(r) for name, r in runs.items()}
+        for name, t in took.items():
+            ratio = '' if name == 'cspine' else f'   cspine {t / took["cspine"]:5.2f} times as fast'
+            print(f'  {syntax:14}{name:18}{t:6.2f} s   memory {peak(readers[name], folder):4.2f}{ratio}', flush=True)
+        shutil.rmtree(folder)
 
 
 def predicting(volume):
