@@ -302,6 +302,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cspine.rsna.read_test': ('rsna.html#read_test', 'cspine/rsna.py'),
                              'cspine.rsna.read_train': ('rsna.html#read_train', 'cspine/rsna.py'),
                              'cspine.rsna.score': ('rsna.html#score', 'cspine/rsna.py'),
+                             'cspine.rsna.split_80_20': ('rsna.html#split_80_20', 'cspine/rsna.py'),
                              'cspine.rsna.test_rows': ('rsna.html#test_rows', 'cspine/rsna.py'),
                              'cspine.rsna.validate_uid': ('rsna.html#validate_uid', 'cspine/rsna.py'),
                              'cspine.rsna.write_folds': ('rsna.html#write_folds', 'cspine/rsna.py'),

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UID', 'KIND', 'ROW', 'VALUE', 'PREVALENCE', 'PRIOR', 'TableError', 'MaskError', 'validate_uid', 'read_table',
            'read_train', 'read_test', 'read_boxes', 'read_submission', 'find_studies', 'test_rows', 'write_whole',
-           'write_submission', 'read_mask', 'write_mask', 'folds', 'write_folds', 'read_folds', 'metric',
+           'write_submission', 'read_mask', 'write_mask', 'folds', 'split_80_20', 'write_folds', 'read_folds', 'metric',
            'best_constant', 'score']
 
 # %% ../nbs/03_rsna.ipynb #72a6a780
-import csv,math,os,re,tempfile
+import csv,hashlib,io,math,os,re,tempfile
+from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -47,7 +48,7 @@ def read_table(
     except FileNotFoundError: raise TableError(f'{path} does not exist') from None
     except UnicodeDecodeError as e: raise TableError(f'{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as CSV UTF-8') from None
     except OSError as e: raise TableError(f'{path} cannot be read: {e.strerror}') from None
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text), strict=True)
     header,line = None,1
     try:
         for row in reader:
@@ -56,7 +57,9 @@ def read_table(
             elif header is None:
                 header = row
                 missing = [c for c in types if c not in header]
-                if missing: raise wrong(line, f"no column {', '.join(missing)}; it has {', '.join(header)}")
+                hint = {';': '; separate them with commas, not semicolons', '\0': '; save it as CSV UTF-8, not UTF-16'}
+                if missing: raise wrong(line, f"no column {', '.join(missing)}; it has {', '.join(header)}"
+                                              + ''.join(h for c,h in hint.items() if c in header[0]))
                 twice = [c for c in types if header.count(c) > 1]
                 if twice: raise wrong(line, f"column {', '.join(twice)} stands there twice")
                 at = {c: header.index(c) for c in types}
@@ -294,19 +297,29 @@ def write_mask(
 def folds(
     train:pd.DataFrame, # as from `read_train`
     n:int=5,            # number of folds; the paper has 5
-    seed:int=0,  # another one gives another split
+    seed:int=0,         # another one gives another split
 )->pd.Series:           # uid -> fold, 0 to n-1, sorted by uid
-    "Split the studies into folds with alike labels; the same studies and seed give the same folds"
-    try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
-    except ImportError: raise CspineError('folds need iterative-stratification: pip install "cspine[train]"') from None
+    "Whole studies into folds with alike labels, the same on every machine; raises `CspineError` if a fold would be empty"
     if n < 2: raise CspineError(f'{n} folds cannot be made: ask for 2 or more')
     if len(train) < n: raise CspineError(f'{len(train)} studies cannot fill {n} folds: take more studies or fewer folds')
-    df = train.loc[sorted(train.index), list(TARGETS)]
-    fold = pd.Series(-1, index=df.index.rename(UID), name='fold')
-    split = MultilabelStratifiedKFold(n_splits=n, shuffle=True, random_state=seed)
-    for i,(_,held_out) in enumerate(split.split(df.values, df.values)): fold.iloc[held_out] = i
-    if fold.nunique() < n: raise CspineError(f'{len(train)} studies left a fold of {n} empty: take more studies or fewer folds')
-    return fold
+    rare = sorted(TARGETS, key=lambda t: train[t].sum())
+    has = {u: [t for t,v in zip(rare, row) if v] for u,row in zip(train.index, train[rare].to_numpy())}
+    def turn(u): return [t not in has[u] for t in rare],hashlib.sha256(f'{seed} {u}'.encode()).digest()
+    fold,count,size = {},Counter(),[0]*n
+    for u in sorted(has, key=turn):
+        # the fewest of its rarest label, then of the next, then the fewest studies: an empty fold always comes first
+        k = fold[u] = min(range(n), key=lambda k: (*(count[k,t] for t in has[u]), size[k]))
+        size[k] += 1
+        for t in has[u]: count[k,t] += 1
+    return pd.Series(fold, name='fold').rename_axis(UID).sort_index()
+
+def split_80_20(
+    train:pd.DataFrame, # as from `read_train`
+    seed:int=0,         # another one gives another split
+)->tuple:               # uids to train on, uids held out; each a sorted list
+    "The paper's 80:20 split: the first of five `folds` is held out, as `cspine train --fold 0` does"
+    f = folds(train, 5, seed)
+    return list(f.index[f != 0]),list(f.index[f == 0])
 
 def write_folds(
     fold:pd.Series, # uid -> fold
@@ -371,10 +384,10 @@ def score(
     "Score a submission against the truth, beside what the best constant and a constant 0.5 get"
     y,df = read_train(truth),read_submission(submission)
     if not len(y): raise TableError(f'{truth} has no rows')
-    wanted = {f'{u}_{t}':(u,t) for u in y.index for t in TARGETS}
+    wanted,answered = {f'{u}_{t}':(u,t) for u in y.index for t in TARGETS},set(df[ROW])
     for line,row in zip(df.attrs['lines'], df[ROW]):
         if row not in wanted: raise TableError(f'{submission}, line {line}: {row} is not a row of {truth}')
-    missing = [r for r in wanted if r not in set(df[ROW])] if len(df) < len(wanted) else []
+    missing = [r for r in wanted if r not in answered]
     if missing: raise TableError(f'{submission} lacks {missing[0]}' + (f' and {len(missing)-1} more rows' if len(missing) > 1 else ''))
     uids,kinds = zip(*[wanted[r] for r in df[ROW]])
     p = df.assign(uid=uids, kind=kinds).pivot(index='uid', columns='kind', values=VALUE).loc[y.index, list(TARGETS)]

@@ -228,6 +228,7 @@ def _start_run(out, kind, preset, data, table, resume, known=None):
         if resume and not same:
             raise CspineError(f'{out} was begun with another preset or number of epochs; resume it with those, or choose another folder')
         if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
+        if same and known is None and (out/'folds.csv').exists(): known = read_folds(out/'folds.csv')   # what it was begun with
     elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise CspineError(f'{out} exists and is no run folder; choose another --out, or empty it')
     out.mkdir(parents=True, exist_ok=True)

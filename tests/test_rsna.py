@@ -1,8 +1,11 @@
 """The competition's files, where they cross modules: phantoms on disk, other readers, whole tables."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -10,8 +13,12 @@ import pandas as pd
 import pytest
 from cspine.dicom import Volume, read_series, write_series
 from cspine.presets import LEVELS, TARGETS, CspineError
-from cspine.rsna import (MaskError, TableError, best_constant, find_studies, folds, metric, read_mask, read_submission,
-                         read_test, read_train, score, test_rows, validate_uid, write_mask, write_submission, write_whole)
+from cspine.rsna import (MaskError, TableError, best_constant, find_studies, folds, metric, read_boxes, read_folds, read_mask,
+                         read_submission, read_test, read_train, score, split_80_20, test_rows, validate_uid, write_folds,
+                         write_mask, write_submission, write_whole)
+from scipy.optimize import minimize_scalar
+from scipy.spatial.transform import Rotation
+from sklearn.metrics import log_loss
 
 RATES = [0.07, 0.14, 0.04, 0.05, 0.08, 0.14, 0.19]
 
@@ -56,6 +63,57 @@ def test_a_mask_as_the_dicom_converters_write_it(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "m.nii", Volume(hu, affine)), labels)
 
 
+def oblique(seed):
+    """A grid far off the patient's axes, with three different voxel sizes: index (z, y, x) -> LPS mm."""
+    rng = np.random.default_rng(seed)
+    affine = np.eye(4)
+    turn = Rotation.from_euler("xyz", rng.uniform(-25, 25, 3), degrees=True).as_matrix()
+    affine[:3, :3] = turn @ np.array([[0, 0, 0.31], [0, 0.45, 0], [-0.83, 0, 0]])
+    affine[:3, 3] = rng.uniform(-300, 300, 3)
+    return affine
+
+
+@pytest.mark.parametrize("gzip, form", [("", "sform"), (".gz", "qform"), ("", "both")])
+def test_all_48_orders_of_axes_by_their_millimetres(tmp_path, gzip, form):
+    """Every voxel of the file is looked up in the scan by its place in the patient, which `read_mask` does not do."""
+    ras, codes = np.diag([-1.0, -1, 1, 1]), set()
+    for i, (order, signs) in enumerate(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3))):
+        affine, shape = oblique(i), (5, 6, 7)
+        truth = np.random.default_rng(i).integers(0, 20, shape).astype(np.uint8)
+        ornt = np.array(list(zip(order, signs)))
+        stored = np.ascontiguousarray(nib.apply_orientation(truth, ornt))
+        there = ras @ affine @ nib.orientations.inv_ornt_aff(ornt, shape)
+        img = nib.Nifti1Image(stored, None)
+        img.set_sform(there if form != "qform" else None, int(form != "qform"))
+        img.set_qform(there if form != "sform" else None, int(form != "sform"))
+        nib.save(img, tmp_path / f"m.nii{gzip}")
+        codes.add(nib.aff2axcodes(nib.load(tmp_path / f"m.nii{gzip}").affine))
+        at = np.indices(stored.shape).reshape(3, -1)
+        mm = ras @ there @ np.vstack([at, np.ones(at.shape[1])])
+        z, y, x = np.rint(np.linalg.inv(affine) @ mm)[:3].astype(int)
+        expected = np.full(shape, 255, np.uint8)
+        expected[z, y, x] = np.minimum(stored[tuple(at)], 8)
+        assert np.array_equal(read_mask(tmp_path / f"m.nii{gzip}", Volume(truth.astype(np.int16), affine)), expected)
+    assert len(codes) == 48
+
+
+def test_a_sagittal_file_read_without_its_affine_is_flipped_and_mirrored(tmp_path):
+    """The competition's: sagittal slices; axes moved to (z, y, x) but not turned, the head is below and left is right."""
+    hu, affine, labels = study()
+    stored = nib.load(write_mask(labels, affine, tmp_path / "m.nii"))
+    naive = np.asarray(stored.dataobj).transpose(1, 0, 2)
+    assert naive.shape == labels.shape and not np.array_equal(naive, labels)
+    assert np.array_equal(read_mask(tmp_path / "m.nii", Volume(hu, affine)), naive[::-1, :, ::-1])
+    # by hand: 1 at the top, 2 in front, 3 at the patient's right, each one voxel, in a file of another sagittal order
+    ras = np.array([[0, 0, -0.4, 80.5], [0.4, 0, 0, 15.85], [0, -0.7, 0, 310], [0, 0, 0, 1]])   # A, I, L
+    values = np.zeros((12, 7, 10), np.uint8)
+    values[5, 0, 4], values[11, 3, 4], values[5, 3, 0] = 1, 2, 3
+    nib.save(nib.Nifti1Image(values, ras), tmp_path / "m.nii")
+    assert nib.aff2axcodes(ras) == ("A", "I", "L")
+    got = read_mask(tmp_path / "m.nii", Volume(hu, affine))
+    assert [np.argwhere(got == v).tolist() for v in (1, 2, 3)] == [[[0, 6, 4]], [[3, 0, 4]], [[3, 6, 0]]]
+
+
 @pytest.mark.parametrize("change", ["shape", "shift", "spacing", "turned", "no affine"])
 def test_a_mask_of_another_scan_is_refused_with_both_geometries(tmp_path, change):
     hu, affine, labels = study()
@@ -76,6 +134,36 @@ def test_a_mask_of_another_scan_is_refused_with_both_geometries(tmp_path, change
         nib.save(img, tmp_path / "m.nii")
     with pytest.raises(MaskError, match=r"mask 12 x [67] x 10 voxels .* scan 7 x 12 x 10 voxels"):
         read_mask(tmp_path / "m.nii", Volume(hu, affine))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("change", ["half a voxel", "minus half a voxel", "1% wider", "a voxel more", "a voxel less"])
+def test_a_mask_that_is_nearly_on_the_scan(tmp_path, axis, change):
+    shape, n = [60, 61, 62], 60 + axis
+    affine, there = oblique(axis), np.eye(4)
+    volume = Volume(np.zeros(shape, np.int16), affine)
+    if "half" in change:
+        there[axis, 3] = -0.5 if "minus" in change else 0.5
+    if change == "1% wider":
+        there[axis, axis] = 1.01
+    if "a voxel" in change and "half" not in change:
+        shape[axis] = n + (1 if "more" in change else -1)
+    write_mask(np.zeros(shape, np.uint8), affine @ there, tmp_path / "m.nii")
+    with pytest.raises(MaskError, match="does not lie on the scan"):
+        read_mask(tmp_path / "m.nii", volume)
+
+
+def test_the_message_says_both_geometries(tmp_path):
+    hu, affine, labels = study()
+    other = affine @ np.array([[1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1.25, 0], [0, 0, 0, 1]])
+    path = write_mask(labels, other, tmp_path / "m.nii")
+    with pytest.raises(MaskError) as e:
+        read_mask(path, Volume(hu, affine))
+    assert str(e.value) == (
+        f"{path} does not lie on the scan: "
+        "mask 12 x 7 x 10 voxels (PSR), 0.4 x 0.7 x 0.5 mm, first voxel at (-76.00, -20.25, 304.40) mm LPS; "
+        "scan 7 x 12 x 10 voxels (z, y, x), 0.7 x 0.4 x 0.4 mm, first voxel at (-80.50, -20.25, 310.00) mm LPS. "
+        "Is it the mask of this study?")
 
 
 @pytest.mark.parametrize("content, says", [(b"not a nifti", "cannot be read as NIfTI"), (b"", "cannot be read as NIfTI"), (None, "does not exist")])
@@ -117,6 +205,72 @@ def test_tables_survive_a_spreadsheet(tmp_path):
     pd.testing.assert_frame_equal(b.loc[a.index], a)
 
 
+def big_table():
+    """1,500 studies, 12,000 rows, columns and rows shuffled, with a column of anything."""
+    rows = [(f"{u}_{t}", u, t) for u in (f"1.2.{i}" for i in range(1500)) for t in TARGETS]
+    df = pd.DataFrame(rows, columns=["row_id", "StudyInstanceUID", "prediction_type"])
+    df["note"] = np.resize(['two\nlines, "quoted"', "", "é\u2028\x85\x0b\x0c\x1c", "; ' \t", "0"], len(df))
+    return df.sample(frac=1, random_state=1)[["note", "prediction_type", "row_id", "StudyInstanceUID"]]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_12000_rows_keep_their_order(tmp_path, encoding, ends):
+    df = big_table().iloc[:, [1, 2, 0, 3]]   # a byte order mark would spoil the first column's name
+    df.to_csv(tmp_path / "test.csv", index=False, encoding=encoding, lineterminator=ends)
+    start = time.perf_counter()
+    rows = test_rows(tmp_path)
+    assert time.perf_counter() - start < 20
+    assert rows.columns.tolist() == ["row_id", "StudyInstanceUID", "prediction_type"]
+    assert rows.values.tolist() == df[rows.columns].values.tolist()
+    answers = rows.assign(fractured=np.linspace(0, 1, len(rows)))
+    again = read_submission(write_submission(answers, tmp_path / "s.csv"))
+    assert again["row_id"].tolist() == df["row_id"].tolist()
+    assert np.allclose(again["fractured"], answers["fractured"], atol=1e-9)
+
+
+@pytest.mark.parametrize("broken, says", [
+    ("1.2.7_C1,C1,1.2.7", "3 values, but the header names 4 columns"),
+    (",C9,1.2.7_C9,1.2.7", "prediction_type: 'C9' is none of C1"),
+    (",C1,1.2.9999_C1,1.2.7", "row_id 1.2.9999_C1 should be 1.2.7_C1"),
+    (",C1,../7_C1,../7", "StudyInstanceUID: '../7' is not a StudyInstanceUID"),
+    (",C1,,1.2.7", "row_id: is empty"),
+    ('a"b,C1,"1.2.7_C1"x,1.2.7', "',' expected after '\"'"),
+    ('"never closed,C1,1.2.7_C1,1.2.7', "',' expected after"),      # it ends at the next quote, lines below
+    ("again", "is already on line"),
+])
+def test_one_bad_row_among_12000_is_named_by_its_line(tmp_path, broken, says):
+    text = big_table().to_csv(index=False)
+    ends = [m.end() for m in re.finditer("1[.]2[.][0-9]+\n", text)]     # of records: some take two lines
+    at = ends[9000]
+    if broken == "again":
+        broken = text[ends[4000]:ends[4001]].rstrip("\n")
+        says = f"is already on line {text.count(chr(10), 0, ends[4000]) + 1}$"
+    (tmp_path / "test.csv").write_bytes((text[:at] + broken + "\n" + text[at:]).encode("utf-8-sig"))
+    line = text.count("\n", 0, at) + 1
+    assert line > 9002                                                # the quoted line breaks count
+    with pytest.raises(TableError, match=f"line {line}: .*{says}"):
+        read_test(tmp_path / "test.csv")
+
+
+@pytest.mark.parametrize("encoding, note, says", [
+    ("utf-16", "", "is not UTF-8 text .* save it as CSV UTF-8"),
+    ("utf-16-le", "", "line 1: (no column row_id, fractured.* not UTF-16|line contains NUL)"),   # the latter from Python 3.10
+    ("utf-16-le", "é", "is not UTF-8 text"),
+    ("latin-1", "é", "is not UTF-8 text"),
+])
+def test_another_encoding_is_said(tmp_path, encoding, note, says):
+    (tmp_path / "t.csv").write_bytes(f"row_id,fractured,note\n1.2_C1,0.5,{note}\n".encode(encoding))
+    with pytest.raises(TableError, match=says):
+        read_submission(tmp_path / "t.csv")
+
+
+def test_semicolons_are_said(tmp_path):
+    (tmp_path / "t.csv").write_text("row_id;fractured\n1.2_C1;0,5\n")
+    with pytest.raises(TableError, match="line 1: no column row_id, fractured;.*with commas, not semicolons"):
+        read_submission(tmp_path / "t.csv")
+
+
 def test_a_quoted_line_break_does_not_shift_the_line(tmp_path):
     (tmp_path / "t.csv").write_text(
         'row_id,StudyInstanceUID,prediction_type,remark\n1.2_C1,1.2,C1,"two\nlines"\n1.2_C2,1.2,C2,\n1.2_C9,1.2,C9,\n'
@@ -130,10 +284,26 @@ def test_uids(uid):
     assert validate_uid(uid) == uid
 
 
-@pytest.mark.parametrize("uid", ["", ".", "..", "1..2", ".1", "1.", "1 2", "1.2/../3", "C:1", "1.2\x00", "1\n", "1" * 65, "1.2-3"])
+@pytest.mark.parametrize("uid", ["", ".", "..", "1..2", ".1", "1.", "1 2", "1.2/../3", "C:1", "1.2\x00", "1\n", "1" * 65, "1.2-3",
+                                 "/etc/passwd", "/1.2", "1.2/", "..\\1", "1.2\\3", "٣.٤", "１.２", "1.²", "\ufeff1.2", "1.2\u200b", "-1", "~", b"1.2", 12])
 def test_no_uids(uid):
     with pytest.raises(TableError):
         validate_uid(uid)
+
+
+@pytest.mark.parametrize("uid", ["..", "../1.2", "/etc", "1.2/..", "1.2\x00", "٣.٤", "C:", "."])
+@pytest.mark.parametrize("read, table", [
+    (read_train, "StudyInstanceUID,patient_overall,C1,C2,C3,C4,C5,C6,C7\n{},0,0,0,0,0,0,0,0\n"),
+    (read_test, "row_id,StudyInstanceUID,prediction_type\n{0}_C1,{0},C1\n"),
+    (read_boxes, "StudyInstanceUID,x,y,width,height,slice_number\n{},1,1,1,1,1\n"),
+    (read_folds, "StudyInstanceUID,fold\n{},0\n"),
+])
+def test_no_table_lets_a_path_through_as_a_uid(tmp_path, read, table, uid):
+    (tmp_path / "t.csv").write_text(table.format("1.2"))
+    assert len(read(tmp_path / "t.csv")) == 1
+    (tmp_path / "t.csv").write_text(table.format(uid), encoding="utf-8")
+    with pytest.raises(TableError, match="line 2: StudyInstanceUID: .* is not a StudyInstanceUID"):
+        read(tmp_path / "t.csv")
 
 
 def test_layouts(tmp_path):
@@ -167,17 +337,66 @@ def test_a_link_is_followed_and_a_device_is_left_alone(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_folds_are_whole_balanced_and_the_same_everywhere():
-    df = labels_table(2019)
-    f = folds(df)
-    assert f.value_counts().max() - f.value_counts().min() <= 8
-    count = df.groupby(f).sum()
+@pytest.mark.parametrize("n, k", [(2019, 5), (500, 5), (87, 5), (2019, 10), (60, 2), (10, 5), (5, 5)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_folds_are_whole_and_alike_in_all_eight_labels(n, k, seed):
+    df = labels_table(n, seed)
+    f = folds(df, k, seed)
+    assert f.index.is_unique and f.index.tolist() == sorted(df.index) and set(f) == set(range(k))
+    size, count = f.value_counts(), df.groupby(f).sum()
+    assert size.max() - size.min() <= 1
     apart = count.max() - count.min()
-    # C7 is dealt out last, with what the patient's label leaves of it; a split at random is this far apart everywhere
-    assert (apart.drop("C7") <= 2).all() and apart["C7"] <= 25, count
-    assert f.index.is_unique and set(f.index) == set(df.index)
-    again = folds(df.sample(frac=1, random_state=3).sort_values("C7", kind="stable"))
-    pd.testing.assert_series_equal(f, again)
+    assert (apart[list(LEVELS)] <= 1).all() and apart["patient_overall"] <= 3, apart
+    if n > 400 and k == 5:   # as shares: within one percentage point of the whole
+        assert ((df.groupby(f).mean() - df.mean()).abs() < 0.01).all(axis=None)
+
+
+def test_folds_of_labels_that_do_not_depend_on_each_other():
+    """No table is promised to have a fracture in every patient who is said to have one."""
+    df = labels_table(2019)
+    df["patient_overall"] = np.random.default_rng(0).integers(0, 2, len(df))
+    count = df.groupby(folds(df)).sum()
+    assert (count.max() - count.min() <= 2).all(), count
+
+
+# 24 studies, those with a fracture by the numbers of their vertebrae; the folds were computed once and must never change
+FRACTURED = {1: "2", 2: "", 3: "7", 4: "67", 5: "", 6: "1", 7: "", 8: "12", 9: "5", 10: "567", 11: "", 12: "7", 13: "", 14: "4", 15: "3",
+             16: "", 17: "2", 18: "6", 19: "", 20: "7", 21: "", 22: "27", 23: "", 24: "1"}
+PINNED = {0: "104320143241310024322031", 1: "132321243211010024343040"}
+
+
+def fixed_table():
+    df = pd.DataFrame([[int(c[1] in v) for c in LEVELS] for v in FRACTURED.values()], columns=list(LEVELS),
+                      index=[f"1.2.840.{i}" for i in FRACTURED])
+    return df.assign(patient_overall=df.max(axis=1)).rename_axis("StudyInstanceUID")
+
+
+def test_folds_never_change(tmp_path):
+    df = fixed_table()
+    for seed, expected in PINNED.items():
+        f = folds(df, seed=seed)
+        assert "".join(str(f[u]) for u in df.index) == expected
+        for order in range(3):
+            pd.testing.assert_series_equal(folds(df.sample(frac=1, random_state=order)[list(reversed(df.columns))], seed=seed), f)
+        pd.testing.assert_series_equal(folds(df.astype(float), seed=seed), f)
+        pd.testing.assert_series_equal(read_folds(write_folds(f, tmp_path / "folds.csv")), f)
+    df.to_csv(tmp_path / "train.csv")
+    code = f"from cspine.rsna import *; print(*folds(read_train({str(tmp_path / 'train.csv')!r})).sort_index(), sep='')"
+    for hash_seed in "0", "1", "4242":
+        env = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHONHASHSEED": hash_seed}
+        out = subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, text=True).stdout
+        assert out.strip() == "".join(map(str, folds(df)))
+
+
+def test_the_papers_80_20():
+    df = labels_table(2019)
+    train, held_out = split_80_20(df)
+    assert sorted(train + held_out) == sorted(df.index) and not set(train) & set(held_out)
+    assert len(held_out) in (403, 404) and train == sorted(train) and held_out == sorted(held_out)
+    assert held_out == folds(df).pipe(lambda f: f[f == 0]).index.tolist()
+    assert ((df.loc[held_out].mean() - df.loc[train].mean()).abs() < 0.01).all()
+    assert split_80_20(df.sample(frac=1, random_state=0)) == (train, held_out) != split_80_20(df, seed=1)
+    assert split_80_20(fixed_table())[1] == [f"1.2.840.{i}" for i in (15, 16, 2, 22, 6)]
 
 
 def test_score_of_a_phantoms_tables(tmp_path):
@@ -199,6 +418,36 @@ def test_score_of_a_phantoms_tables(tmp_path):
     assert s["table"].index.tolist() == list(TARGETS) and (s["table"]["auroc"].dropna() == 1).all()
     assert best_constant(y)["C2"] == pytest.approx(2 * y["C2"].mean() / (1 + y["C2"].mean()))
     assert metric(y, y * 0.0) > 5  # certain and wrong costs a lot, but a number
+
+
+def test_the_metric_is_sklearns_log_loss_with_weights():
+    rng = np.random.default_rng(0)
+    y = labels_table(300)
+    p = pd.DataFrame(rng.uniform(0.001, 0.999, y.shape), index=y.index, columns=y.columns)
+    w = (1 + y) * ([1] * 7 + [7])
+    w = w.div(w.sum(axis=1), axis=0)
+    expected = log_loss(y.to_numpy().ravel(), p.to_numpy().ravel(), sample_weight=w.to_numpy().ravel())
+    assert metric(y, p) == pytest.approx(expected, rel=1e-12)
+    assert metric(y[y.columns[::-1]], p.sample(frac=1, random_state=0)) == pytest.approx(expected, rel=1e-12)   # by name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_constant_is_better_for_a_row(target):
+    y = labels_table(1000)[target]
+    found = minimize_scalar(lambda p: log_loss(y, np.full(len(y), p), sample_weight=1 + y), bounds=(1e-3, 1 - 1e-3),
+                            method="bounded", options={"xatol": 1e-7}).x
+    assert best_constant(labels_table(1000))[target] == pytest.approx(found, abs=1e-5)
+
+
+def test_scoring_a_short_file_takes_no_time(tmp_path):
+    y = labels_table(2019)
+    y.to_csv(tmp_path / "truth.csv")
+    rows = [f"{u}_{t}" for u in y.index for t in TARGETS]
+    write_submission(pd.DataFrame({"row_id": rows[:-2], "fractured": 0.5}), tmp_path / "s.csv")
+    start = time.perf_counter()
+    with pytest.raises(TableError, match=f"lacks {re.escape(rows[-2])} and 1 more rows"):
+        score(tmp_path / "truth.csv", tmp_path / "s.csv")
+    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize("text, says", [

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from cspine.phantom import phantom
 from cspine.presets import CspineError,Preset,get_preset
 from cspine.segmentation import CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies
-from cspine.training import _origin,read_run,train_segmentation
+from cspine.rsna import folds,read_folds,read_train
+from cspine.training import _origin,_start_run,read_run,train_segmentation
 
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8,8), low_widths=(4,8), low_epochs=2, low_steps=3, patch=24, spacing=4., steps=3, epochs=2))
@@ -92,6 +93,21 @@ def test_the_cache_is_made_once_and_again_if_the_mask_changes(data, tmp_path):
     cache_studies(data, [uid], tmp_path, SMALL.segmentation)
     assert path.stat().st_mtime_ns > made
     assert not list(tmp_path.glob('*.part*'))
+
+def test_a_run_keeps_the_folds_it_was_begun_with(data, tmp_path, monkeypatch):
+    table = read_train(data/'train.csv')
+    begun = _start_run(tmp_path/'run', 'segmentation', SMALL, data, table, resume=False)[1]
+    pd.testing.assert_series_equal(begun, folds(table, 2, 0))
+    # another release deals otherwise, and two studies are new; the next fold, or the rest of this one, must not mix them up
+    monkeypatch.setattr('cspine.training.folds', lambda t, n, seed: 1 - folds(t, n, seed))
+    more = pd.concat([table, table[:2].rename(index=lambda u: u + '.9')])
+    for resume in (True, False):
+        again = _start_run(tmp_path/'run', 'segmentation', SMALL, data, more, resume)[1]
+        pd.testing.assert_series_equal(again[begun.index], begun, check_names=False)
+        assert set(again.index) == set(more.index) and set(again) == {0, 1}
+        pd.testing.assert_series_equal(read_folds(tmp_path/'run'/'folds.csv'), again, check_names=False)
+    other = _start_run(tmp_path/'run', 'segmentation', replace(SMALL, seed=1), data, table, resume=False)[1]
+    pd.testing.assert_series_equal(other, 1 - folds(table, 2, 1))
 
 @pytest.mark.parametrize('kw,says', [
     (dict(fold=7), 'fold must be all or a number from 0 to 1'), (dict(preset='huge'), 'paper, tiny'),
