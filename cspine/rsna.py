@@ -267,9 +267,9 @@ def read_mask(
         raise MaskError(f'{path} does not lie on the scan: mask {_geometry(data.shape, affine, codes)}; '
                         f'scan {_geometry(volume.shape, np.asarray(volume.affine), "z, y, x")}. Is it the mask of this study?')
     order,flips = found
-    values = np.unique(data)
-    bad = [v for v in values if not (0 <= v <= 19 and v == int(v))]
-    if bad: raise MaskError(f'{path} holds the value {bad[0]:g}: a mask has whole numbers from 0 to 19')
+    good = (data >= 0) & (data <= 19)
+    if data.dtype.kind == 'f': good &= data == np.rint(data)
+    if not good.all(): raise MaskError(f'{path} holds the value {data[~good].flat[0]:g}: a mask has whole numbers from 0 to 19')
     labels = np.minimum(data, len(LEVELS)+1).astype(np.uint8).transpose(order)
     labels = labels[tuple(slice(None, None, -1 if f else 1) for f in flips)]
     return a.labels(labels) if on else np.ascontiguousarray(labels)
