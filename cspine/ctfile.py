@@ -103,14 +103,15 @@ class _Reader:
 
 def _header(buf, whole):
     "The elements of `_TAGS` in a file's bytes, as strings or integers; `whole`: there is nothing after `buf`."
-    h, i = {}, 132 if buf[128:132] == b'DICM' else 0
+    said, i = {}, 132 if buf[128:132] == b'DICM' else 0
     if buf[i:i+2] == b'\2\0':  # the file's meta group, explicit and little endian in every syntax
         r = _Reader(buf, True)
         while i < len(buf) and buf[i:i+2] == b'\2\0':
             tag, _, length, i = r.element(i)
-            if tag == 0x00020010: h['syntax'] = buf[i:i+length].decode('latin-1').strip(' \0')
+            if tag in (0x00020002, 0x00020010): said[tag] = buf[i:i+length].decode('latin-1').strip(' \0')
             i += length
         if i > len(buf): raise _CutOff
+    h = {'syntax': said[0x00020010]} if 0x00020010 in said else {}
     syntax = h.get('syntax', '')
     if syntax == SYNTAXES['deflated']:
         if not whole: raise _CutOff
@@ -136,6 +137,7 @@ def _header(buf, whole):
             if name in _WORDS: h[name] = r.word(buf, i)[0] if length >= 2 else None
             else: h[name] = str(buf[i:i+min(length, 1024)], 'latin-1').strip(' \0')
         i += length
+    h.setdefault('SOPClassUID', said.get(0x00020002)) # a DICOMDIR says what it is only there
     return h
 
 def _inflate(buf, i):

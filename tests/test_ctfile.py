@@ -9,51 +9,17 @@ import sys
 import time
 
 import numpy as np
-import pydicom
 import pytest
-from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
 from test_dicom import block, edit, same
 
 import cspine.ctfile as ctfile
 from cspine.ctfile import SYNTAXES, Damaged, Decoders, encode_frame, read_header, stream_size
 from cspine.dicom import DamagedSeries, NoPixels, NoSeries, read_series, write_series
+from cspine.oddities import write_enhanced
 
 
-def enhanced(hu, affine, path, syntax='explicit', slopes=None, table=True, fragments=1, drop=()):
-    "One enhanced CT file (PS3.3, A.38) from the first slice that `write_series` makes; frames in an order of their own."
-    source = write_series(hu, affine, path.parent / f'{path.name}_single')
-    ds, frames, n = pydicom.dcmread(source / '1.dcm'), [], len(hu)
-    slopes = slopes or [1] * n
-    each = []
-    for k in np.random.default_rng(2).permutation(n):
-        stored = np.rint((hu[k] + 1024.) / slopes[k]).astype('u2')
-        frames.append(stored.tobytes() if syntax == 'explicit' else encode_frame(stored, syntax))
-        item = Dataset()
-        item.PlanePositionSequence, item.PixelValueTransformationSequence = [Dataset()], [Dataset()]
-        item.PlanePositionSequence[0].ImagePositionPatient = [float(v) for v in affine[:3] @ (k, 0, 0, 1)]
-        v = item.PixelValueTransformationSequence[0]
-        v.RescaleIntercept, v.RescaleSlope, v.RescaleType = -1024, slopes[k], 'HU'
-        each.append(item)
-    shared = Dataset()
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [Dataset()], [Dataset()]
-    shared.PixelMeasuresSequence[0].PixelSpacing, shared.PixelMeasuresSequence[0].SliceThickness = ds.PixelSpacing, ds.SliceThickness
-    shared.PlaneOrientationSequence[0].ImageOrientationPatient = ds.ImageOrientationPatient
-    for name in 'ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept RescaleType'.split():
-        delattr(ds, name)
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.2.1'
-    ds.NumberOfFrames, ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = n, [shared], each
-    for name in drop:
-        delattr(ds, name)
-    ds.file_meta.TransferSyntaxUID = SYNTAXES[syntax]
-    if syntax == 'explicit':
-        ds.PixelData = b''.join(frames)
-    else:
-        ds.PixelData = encapsulate(frames, fragments_per_frame=fragments, has_bot=table)
-        ds['PixelData'].VR, ds['PixelData'].is_undefined_length = 'OB', True
-    path.mkdir()
-    ds.save_as(path / 'all.dcm', enforce_file_format=True)
-    shutil.rmtree(source)
+def enhanced(hu, affine, path, **how):
+    write_enhanced(write_series(hu, affine, path), **how)
     return path
 
 
