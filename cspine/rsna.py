@@ -150,15 +150,22 @@ def read_submission(
 # %% ../nbs/03_rsna.ipynb #6be6a748
 def _folders(path):
     # <out>.parts is the runner's own: a submission may lie beside its studies
-    try: return {p.name: p for p in sorted(Path(path).iterdir())
-                 if p.is_dir() and not p.name.startswith(('.','__MACOSX')) and not p.name.endswith('.parts')}
+    found = {}
+    try:
+        for p in sorted(Path(path).iterdir()):
+            if p.name.startswith(('.','__MACOSX')) or p.name.endswith('.parts'): continue
+            name = p.name if p.is_dir() else re.sub(r'\.nii(\.gz)?$', '', p.name, flags=re.I)
+            if not p.is_dir() and name == p.name: continue
+            if name in found: raise TableError(f'{path} holds the study {name} twice, as {found[name].name} and {p.name}: remove one')
+            found[name] = p
     except OSError as e: raise TableError(f'{path} cannot be listed: {e.strerror}') from None
+    return found
 
 def find_studies(
-    data,               # folder in the competition's layout; for 'test' also a folder of study folders
+    data,               # folder in the competition's layout; for 'test' also a folder of studies
     split:str='train',  # 'train' or 'test'
-)->dict:                # uid -> folder of its slices, those that are there, by name
-    "The folders of a split's studies"
+)->dict:                # uid -> folder of its slices, or its NIfTI file; those that are there, by name
+    "The folders of a split's studies, or their NIfTI files side by side"
     if split not in ('train','test'): raise TableError(f"split is 'train' or 'test', not {split!r}")
     data = Path(data)
     images = data/f'{split}_images'
@@ -170,13 +177,13 @@ def find_studies(
         raise TableError(f'{data} has train_images but no test_images; to answer those as if they were test studies, give {data}/train_images')
     if any(data.glob('*.dcm')): raise TableError(f'{data} holds slices, so it is one study: give the folder that contains it')
     found = _folders(data)
-    if not found: raise TableError(f'{data} has neither test.csv nor study folders')
+    if not found: raise TableError(f'{data} has neither test.csv, nor study folders, nor NIfTI files')
     return found
 
 def test_rows(
-    data,           # folder with test.csv, or a folder of study folders
+    data,           # folder with test.csv, or a folder of studies: folders, or NIfTI files
 )->pd.DataFrame:    # row_id, StudyInstanceUID, prediction_type
-    "The rows to answer: those of `test.csv`, else eight per study folder, in the order of `TARGETS`"
+    "The rows to answer: those of `test.csv`, else eight per study, in the order of `TARGETS`"
     csv_path = Path(data)/'test.csv'
     if csv_path.exists(): return read_test(csv_path)
     studies = find_studies(data, 'test')

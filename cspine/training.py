@@ -332,6 +332,7 @@ def crop_study(
 
 def _fracture_boxes(volume, found):
     "(n, 6) int on the volume's grid; a slice_number is a file's name, and the volume knows where that slice went"
+    if volume.acquired is None: return np.zeros((0, 6), int)   # NIfTI has no slices with numbers
     out = [volume.acquired.box(f'{int(n)}.dcm', (y, y+h), (x, x+w)) for x,y,w,h,n in found[['x','y','width','height','slice_number']].itertuples(index=False)]
     return np.array([b for b in out if b], int).reshape(-1, 6)
 

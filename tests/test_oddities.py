@@ -1,4 +1,8 @@
 """Every oddity of the list, in several syntaxes: what is read is what was written, and a mask on the slices finds its place."""
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scenes import judge
@@ -52,6 +56,13 @@ def test_a_mask_on_the_slices_finds_its_place(tmp_path, neck, name):
         assert (mask == labels).all()
     bone, other = volume.hu[mask > 0], volume.hu[(mask == 0) & (volume.hu > -500)]
     assert (bone > 400).mean() > .9 and (other < 400).mean() > .97
+
+
+def test_the_list_in_the_notebook_is_complete():
+    nb = json.loads((Path(__file__).parents[1] / 'nbs' / '01_oddities.ipynb').read_text(encoding='utf-8'))
+    page = ''.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
+    rows = re.findall(r'^\| `(.*)` \| (.*) \| (.*) \|$', page, re.M)
+    assert rows == [(name, o.what, o.gives or 'nothing') for name, o in ODDITIES.items()]
 
 
 def test_a_name_that_is_none():

@@ -120,7 +120,7 @@ def test_wheel_says_what_settings_say(wheel):
     assert base == {canonical(r) for r in PACKAGE['requirements'].split()}
     assert {*meta.get_all('Provides-Extra')} == {*EXTRAS, 'all'}
     in_all = {canonical(r) for r in meta.get_all('Requires-Dist') if re.search(r'extra == "all"', r)}
-    assert in_all == {canonical(r) for name, rs in EXTRAS.items() if name != 'dev' for r in rs}
+    assert in_all == {canonical(r) for name, rs in EXTRAS.items() if name not in ('dev', 'bench') for r in rs}
 
 
 def test_wheel_holds_both_packages_and_the_demo_bundle(wheel, copy):
@@ -147,7 +147,7 @@ def test_every_import_is_a_requirement(at_import):
     """What the library imports, it asks for; and what it imports at once, it asks for without an extra."""
     declared = {canonical(r) for r in PACKAGE['requirements'].split()}
     if not at_import:
-        declared |= {canonical(r) for name, rs in EXTRAS.items() if name != 'dev' for r in rs}
+        declared |= {canonical(r) for name, rs in EXTRAS.items() if name not in ('dev', 'bench') for r in rs}
     owners = {'sklearn': ['scikit-learn']} | dict(importlib.metadata.packages_distributions())   # Python 3.10 does not know all
     lost = {}
     for f in [*(ROOT / 'cspine').glob('*.py'), *(ROOT / 'submission').rglob('*.py')]:
