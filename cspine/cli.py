@@ -134,7 +134,7 @@ def predict(
 # %% ../nbs/40_cli.ipynb #2f5605fc
 @app.command(epilog='Example: cspine submit --data data --out submission.csv --page submission.html')
 def submit(
-    data: Annotated[Path, Option(metavar='DIR', help='Folder with test.csv and test_images/, or a folder of study folders.', show_default=False)],
+    data: Annotated[Path, Option(metavar='DIR', help='Folder with test.csv and test_images/, or a folder of studies: folders of slices, or NIfTI files.', show_default=False)],
     bundle: BundleOption = None,
     out: Annotated[Path, Option(callback=_new_file, metavar='CSV', help='Submission to write.')] = Path('submission.csv'),
     workers: Annotated[int | None, Option(min=0, metavar='N', help='Processes that read ahead.', show_default=False)] = None,

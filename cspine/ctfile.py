@@ -309,9 +309,9 @@ def _where(path, h, n):
         return [[(start + k*size, start + (k + 1)*size)] for k in range(n)]
     with open(path, 'rb') as f:
         table, *pieces = _items(f, h['offset'], 100*n + 100)[0] or [(0, 0)]
-        if table[1] - table[0] == 4*n:  # where each frame begins, from the first piece's item on
-            f.seek(table[0])
-            begins = np.frombuffer(f.read(4*n), '<u4') + table[1]
+        f.seek(table[0])
+        begins = np.frombuffer(f.read(4*n), '<u4').astype(int) + table[1] if table[1] - table[0] == 4*n else []
+        if len(begins) == n and (np.diff(begins) > 0).all(): # where each frame begins; some writers leave zeros
             frame = [int(np.searchsorted(begins, a - 8, 'right')) - 1 for a, _ in pieces]
         elif len(pieces) <= n: frame = range(len(pieces))
         else:                           # no table: a frame ends where its stream ends

@@ -32,6 +32,16 @@ def test_enhanced_multi_frame(tmp_path, how):
     assert volume.notes == (['rescale differs between slices; each read by its own'] if 'slopes' in how else [])
 
 
+def test_an_offset_table_of_zeros_is_no_table(tmp_path):
+    hu, affine = block()
+    path = enhanced(hu, affine, tmp_path / 'e', syntax='jpeg_lossless', fragments=2) / 'all.dcm'
+    raw = bytearray(path.read_bytes())
+    at = raw.index(struct.pack('<HHI', 0xFFFE, 0xE000, 4*len(hu))) + 8
+    raw[at:at + 4*len(hu)] = bytes(4*len(hu))
+    path.write_bytes(raw)
+    same(read_series(path.parent), hu, affine)
+
+
 def test_one_multi_frame_file_is_a_study_of_its_own(tmp_path):
     hu, affine = block()
     same(read_series(enhanced(hu, affine, tmp_path / 'e') / 'all.dcm'), hu, affine)

@@ -325,6 +325,17 @@ def test_layouts(tmp_path):
         test_rows(tmp_path / "only_train")
 
 
+def test_nifti_files_side_by_side_are_studies(tmp_path):
+    for name in ("b.nii", "a.nii.gz", "notes.txt", ".c.nii", "1.2.3"):
+        (tmp_path / name).mkdir() if name == "1.2.3" else (tmp_path / name).touch()
+    found = find_studies(tmp_path, "test")
+    assert {u: p.name for u, p in found.items()} == {"1.2.3": "1.2.3", "a": "a.nii.gz", "b": "b.nii"}
+    assert list(test_rows(tmp_path)["row_id"][:9]) == [*(f"1.2.3_{t}" for t in TARGETS), "a_C1"]
+    (tmp_path / "a.NII").touch()
+    with pytest.raises(TableError, match="holds the study a twice, as a.NII and a.nii.gz: remove one"):
+        find_studies(tmp_path, "test")
+
+
 def test_a_link_is_followed_and_a_device_is_left_alone(tmp_path):
     (tmp_path / "real.csv").write_text("old")
     (tmp_path / "link.csv").symlink_to("real.csv")
