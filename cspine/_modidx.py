@@ -215,6 +215,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cspine.encoders.load_encoder_weights': ('encoders.html#load_encoder_weights', 'cspine/encoders.py')},
             'cspine.fractures': { 'cspine.fractures.Cut': ('fractures.html#cut', 'cspine/fractures.py'),
                                   'cspine.fractures.Cut.distance': ('fractures.html#cut.distance', 'cspine/fractures.py'),
+                                  'cspine.fractures.Cut.held': ('fractures.html#cut.held', 'cspine/fractures.py'),
                                   'cspine.fractures.Cut.moved': ('fractures.html#cut.moved', 'cspine/fractures.py'),
                                   'cspine.fractures.Lesion': ('fractures.html#lesion', 'cspine/fractures.py'),
                                   'cspine.fractures.Lesion.displacement': ('fractures.html#lesion.displacement', 'cspine/fractures.py'),

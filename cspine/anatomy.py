@@ -374,7 +374,8 @@ def _others(spine, rng, scale):
     jaw = [(-46, -24, 22), (-44, -30, -12 + drop), (-32, -62, -24 + drop), (-10, -84, -26 + drop - gape), (10, -84, -26 + drop - gape),
            (32, -62, -24 + drop), (44, -30, -12 + drop), (46, -24, 22)]
     rami = [_plate(jaw[i], jaw[j], 3.4, 14, 16) for i, j in ((0, 1), (-1, -2))]
-    out.append(([_plate(p, q, 4, 9) for p, q in zip(jaw[1:-2], jaw[2:-1])] + [_capsule(jaw[0], jaw[1], 5, 5), _capsule(jaw[-2], jaw[-1], 5, 5)] + rami, R, c1, g))
+    bend = [np.array([44*np.sin(t), -30 - 57*np.cos(t)**1.5, -12 + drop - (14 + gape)*np.cos(t)]) for t in np.linspace(-np.pi/2, np.pi/2, 13)]
+    out.append(([_plate(p, q, 4.5, 11) for p, q in zip(bend[:-1], bend[1:])] + [_capsule(jaw[0], jaw[1], 5, 5), _capsule(jaw[-2], jaw[-1], 5, 5)] + rami, R, c1, g))
     maxilla = [(-28, -50, 12), (-22, -70, 10), (0, -82, 9), (22, -70, 10), (28, -50, 12)]
     out.append(([_plate(p, q, 5, 8) for p, q in zip(maxilla[:-1], maxilla[1:])], R, c1, g))
     at = lambda n, v: spine[n].at(v, scale)
@@ -389,8 +390,8 @@ def _others(spine, rng, scale):
             out.append((_chain(rib, 4), spine[n].R, spine[n].c, 1))
     up = rng.uniform(-10, 20)
     for s in (-1, 1): out.append((_chain([at('T1', [s*25, -55, up - 25]), at('T1', [s*70, -40, up - 8]), at('T1', [s*125, -15, up])], 6), I, O, 1))
-    spots = [(a, b, drop - 24 - gape*.7) for a, b in ((-30, -55), (-26, -62), (-20, -70), (-13, -76), (-5, -79), (5, -79), (13, -76), (20, -70), (26, -62), (30, -55))]
-    teeth = [_capsule(np.add(p, [0, 2, 8]), np.add(p, [0, 2, 17 + drop*.3]), 3.4) for p in spots]
+    spots = [(39*np.sin(t), -30 - 52*np.cos(t)**1.2, drop - 14 - (14 + gape)*np.cos(t)) for t in np.linspace(-1.25, 1.25, 14)]
+    teeth = [_capsule(np.add(p, [0, 2, 8]), np.add(p, [0, 1, 18]), 3.3) for p in spots]
     return out, (teeth, R, c1, g)
 
 # %% ../nbs/04_anatomy.ipynb #fe9a0be1
@@ -399,7 +400,7 @@ def _muscles(spine, rng, s):
     def strand(side, knots, turn=0.):
         "knots: vertebra -> (u, v, half width, half depth)"
         p = np.array([[*spine[n].at([side*u, v, 0], s), rx*s, ry*s] for n, (u, v, rx, ry) in knots.items()])
-        k = rng.uniform(.85, 1.15); return _tube(p[:, 2], p[:, 0], p[:, 1], p[:, 3]*k, p[:, 4]*k, side*turn)
+        k = rng.uniform(1.2, 1.5); return _tube(p[:, 2], p[:, 0], p[:, 1], p[:, 3]*k, p[:, 4]*k, side*turn)
     out = []
     for i in (-1, 1):
         out += [strand(i, dict(C1=(6, -11, 5, 2.5), C3=(7, -12, 6, 3), C6=(9, -12, 7, 4), T3=(9, -14, 6, 4))),                       # longus
@@ -421,7 +422,7 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
     c = np.array([spine[n].c for n in ('T3', 'C7', 'C5', 'C3', 'C1')]); o = np.argsort(c[:, 2])
     sx, sy = (np.interp(z, c[o, 2], c[o, i]) for i in (0, 1)); z1, z7 = spine['C1'].c[2], spine['C7'].c[2]
     head, chest = 1/(1 + np.exp(-(z - z1 + 5)/8)), 1/(1 + np.exp((z - z7 - rng.uniform(-15, 15) + 6)/9))
-    fat, neck = rng.uniform(3, 10)*(1 + 1.6*has['large']), rng.uniform(60, 68)*scale
+    fat, neck = rng.uniform(4, 10)*(1 + 1.6*has['large']), rng.uniform(60, 68)*scale
     rx = (neck + fat)*(1 - head) + 76*scale*head + chest*rng.uniform(70, 120)
     ry = (neck*rng.uniform(.98, 1.08) + fat)*(1 - head) + 95*scale*head + chest*rng.uniform(8, 25)
     cy = sy + rng.uniform(-2, 5)*scale*(1 - head) - head*26*scale

@@ -59,7 +59,7 @@ class Cut:
     gap: float                  # its width
     shift: np.ndarray           # (3,) how the fragment moved
     waves: np.ndarray           # (3, 5) wave vector, phase, amplitude
-    hold: float = 0.            # the fragment ends this far from the centre; `reach` where smaller
+    hold: float = 0.            # radius of a ball beyond the plane that holds the fragment; 0: it ends with the gap
     fresh: bool = True          # an old cut has a cortex
     dense: float = 0.           # HU added along the plane: impacted, or healed
 
@@ -72,8 +72,12 @@ class Cut:
 
     def moved(self, u, v, w):
         "How much of `shift` each point got, 0 to 1"
-        d, r = self.distance(u, v, w)
-        return (d > 0)*np.clip((max(self.hold, self.reach)*1.1 - r)*_F(.5), 0, 1)
+        return (self.distance(u, v, w)[0] > 0)*self.held(u, v, w)
+
+    def held(self, u, v, w):
+        "The ball that holds the fragment, 0 to 1: about the centre, or beyond the plane where `hold` says so"
+        c = self.centre + self.normal*.8*self.hold; r = _F(self.hold or self.reach)
+        return np.clip((r*_F(1.1) - np.sqrt((u - _F(c[0]))**2 + (v - _F(c[1]))**2 + (w - _F(c[2]))**2))*_F(.5), 0, 1)
 
 @dataclass
 class Lesion:
@@ -118,7 +122,7 @@ def _cut(rng, centre, normal, reach, gap, shift=0., hold=0., away=None, tilt=.15
     "A plane through about `centre`; the fragment goes `shift` mm along `away`, or anywhere"
     normal = _unit(_unit(normal) + rng.normal(0, tilt, 3)); wander = _unit(rng.normal(0, 1, 3)); spread = rng.normal(0, .07*reach, 3)
     away = _unit((_unit(away) if away is not None else wander) + .3*wander + .3*normal)
-    waves = np.column_stack([rng.normal(0, .8, (3, 3)), rng.uniform(0, 6.3, 3), rng.uniform(.1, .45, 3)])
+    waves = np.column_stack([rng.normal(0, .45, (3, 3)), rng.uniform(0, 6.3, 3), rng.uniform(.1, .5, 3)*(1 if kw.get('fresh', True) else .4)])
     return Cut(np.asarray(centre, float) + spread, normal, float(reach), float(gap), away*shift, waves, float(hold), **kw)
 
 def fracture(
@@ -139,7 +143,7 @@ def fracture(
         return Lesion(kind, [at(s) for s in spots], [('spread', min(shift, 4.), None)])
     if kind == 'posterior arch': return Lesion(kind, [at(f'{kind} {s}', shift=shift*.4) for s in ('RL' if rng.random() < .6 else side)])
     if kind == 'dens type II':                                                   # at the base; the dens goes back or forward
-        return Lesion(kind, [at('dens', shift=shift, hold=28, away=[0, rng.choice([-1, 1, 1]), 0])])
+        return Lesion(kind, [at('dens', shift=shift, hold=11, away=[0, rng.choice([-1, 1, 1]), 0])])
     if kind == 'hangman':                                                        # both partes; the body slides forward
         return Lesion(kind, [at(f'pars {s}') for s in 'RL'], [('slide', shift, 9.)])
     if kind == 'compression':                                                    # height lost in front, a dense band, the front cortex broken
@@ -150,11 +154,11 @@ def fracture(
     if kind == 'burst':                                                          # sagittal and axial planes, the back wall in the canal
         a, b, h = m['a'], m['b'], m['h']; back = rng.uniform(1.5, 5)
         return Lesion(kind, [_cut(rng, [rng.normal(0, 2), 0, 0], [1, 0, 0], 1.2*b + 2, max(gap, .8)),
-                             _cut(rng, [0, b*.45, h*.3], [0, 1, .35], h + 1, max(gap, .8), shift=back, hold=h + 4, away=[0, 1, 0]),
+                             _cut(rng, [0, b*.45, h*.3], [0, 1, .35], h + 1, max(gap, .8), shift=back, hold=0, away=[0, 1, 0]),
                              _cut(rng, [0, -b*.4, h*.2], [0, .2, 1], a, max(gap, .7))], [('loss', 2*h*rng.uniform(.1, .35), (a, b, h))])
-    if kind == 'spinous process': return Lesion(kind, [at(kind, shift=shift, hold=40, away=[0, .4, -1])])
-    if kind == 'transverse process': return Lesion(kind, [at(f'{kind} {side}', shift=shift*.6, hold=18, away=[0, 0, -1])])
-    if kind == 'facet': return Lesion(kind, [at(f'{kind} {side}', shift=shift*.6, hold=10)])
+    if kind == 'spinous process': return Lesion(kind, [at(kind, shift=shift, hold=24, away=[0, .4, -1])])
+    if kind == 'transverse process': return Lesion(kind, [at(f'{kind} {side}', shift=shift*.6, hold=10, away=[0, 0, -1])])
+    if kind == 'facet': return Lesion(kind, [at(f'{kind} {side}', shift=shift*.6, hold=9)])
     if kind == 'body':
         n = [(1, .2, 0), (0, .3, 1), (.3, 1, .2)][rng.integers(3)]
         return Lesion(kind, [_cut(rng, P['body'][0], n, P['body'][2], gap, shift=shift*.4)])
@@ -172,12 +176,12 @@ def decoy(
         return Lesion(kind, [], channel=([u, b + 1.5, w], [u + rng.normal(0, 2), rng.uniform(-2, 2), w + rng.normal(0, 1)], rng.uniform(.6, 1.1)), decoy=True)
     if kind == 'healed':                                                         # closed, dense, a little out of line
         places = [p for p in P if p.split(' ')[0] in ('lamina', 'spinous', 'transverse', 'posterior', 'pedicle')]; place = places[rng.integers(len(places))]
-        hold = 40 if place.startswith('spinous') else 0
+        hold = 24 if place.startswith('spinous') else 0
         return Lesion(kind, [_cut(rng, *P[place], 0., shift=rng.uniform(.8, 2), hold=hold, dense=rng.uniform(250, 450), **old)], decoy=True)
     if kind == 'limbus':                                                         # the upper front corner
         return Lesion(kind, [_cut(rng, [0, -m['b'] + 3.2, m['h'] - 3.2], [0, -.75, .65], 9, rng.uniform(1.3, 2.2), tilt=.06, **old)], decoy=True)
     if kind == 'os odontoideum':                                                 # a wide smooth gap, the dens small and round
-        return Lesion(kind, [_cut(rng, *P['dens'], rng.uniform(2.5, 5), shift=rng.uniform(0, 2), hold=28, away=[0, -1, .5], tilt=.06, **old)], decoy=True)
+        return Lesion(kind, [_cut(rng, *P['dens'], rng.uniform(2.5, 5), shift=rng.uniform(0, 2), hold=11, away=[0, -1, .5], tilt=.06, **old)], decoy=True)
     if kind == 'cleft': return Lesion(kind, [_cut(rng, *P['midline'], rng.uniform(1.5, 5), tilt=.06, **old)], decoy=True)
     raise CspineError(f'{kind!r} is no decoy; one of {", ".join(DECOYS)}.')
 

@@ -25,8 +25,8 @@ _KERNELS = dict(bone=(.6, (.28, .38), (.5, 1.1), (28, 70)), standard=(.3, (.38, 
 _COLUMNS = 'StudyInstanceUID x y width height slice_number'.split()
 _TRUTH = 'StudyInstanceUID level kind gap_mm displacement_mm x0 y0 z0 x1 y1 z1 width_mm depth_mm height_mm'.split()
 
-def _scan(rng, spine, scale, has):
-    "What the technician chose: everything about the acquisition but the matrix"
+def _scan(rng, spine, scale, has, given):
+    "What the technician chose: everything about the acquisition but the matrix; `given` instead of what was drawn"
     fov = rng.uniform(130, 220) if rng.random() < .85 else rng.uniform(220, 300)
     dz = rng.choice([.5, .6, .625, .7, .75, .8, .9, 1., 1.25], p=[.04, .1, .16, .1, .15, .15, .1, .15, .05])
     thick = dz*rng.choice([1., 1.25, 1.6], p=[.6, .25, .15])
@@ -37,8 +37,10 @@ def _scan(rng, spine, scale, has):
     mid = (spine['C4'].c + spine['C7'].c)/2; room = max(fov/2 - 62*scale, 2)     # keep the processes in the field
     centre = mid[0] + np.clip(rng.normal(0, 6), -room, room), mid[1] + rng.uniform(-.18, .06)*fov
     kernel = str(rng.choice(list(_KERNELS), p=[k[0] for k in _KERNELS.values()])); _, blur, over, noise = _KERNELS[kernel]
-    return dict(fov=fov, dz=dz, thickness=thick, top=top, bottom=bottom, centre=centre, kernel=kernel,
-                blur=rng.uniform(*blur), overshoot=rng.uniform(*over), noise=rng.uniform(*noise)*(1.5 if has['large'] else 1))
+    out = dict(fov=fov, dz=dz, thickness=thick, top=top, bottom=bottom, centre=centre, kernel=kernel,
+               blur=rng.uniform(*blur), overshoot=rng.uniform(*over), noise=rng.uniform(*noise)*(1.5 if has['large'] else 1))
+    if odd := set(given or {}) - set(out): raise CspineError(f'scan names {", ".join(map(str, sorted(odd)))}; it may hold {", ".join(out)}.')
+    return out | (given or {})
 
 class _Grid:
     "Voxel centres of an axial series: x, y, z (mm) along columns, rows, slices (head to feet)"
@@ -115,7 +117,7 @@ class _Bone:
                     if l.moves: piece |= changed
                     elif l.displacement:
                         for c in l.cuts:
-                            if c.shift.any(): piece |= changed & (c.distance(u, v, w)[1] < max(c.hold, c.reach)*1.1 + 4)
+                            if c.shift.any(): piece |= changed & (c.held(u - _F(c.shift[0]), v - _F(c.shift[1]), w - _F(c.shift[2])) + c.held(u, v, w) > 0)
             for i, piece in enumerate(pieces):
                 if piece.any():
                     r, c = np.flatnonzero(piece.any(1)), np.flatnonzero(piece.any(0))
@@ -194,6 +196,7 @@ def make_study(seed:int, # any integer, or a sequence of them; the same seed giv
                rate:float=1., # of fractures, see `draw_fractured`
                prevalence:Prevalence=Prevalence(), # of everything else
                kinds:dict=None, # level: kind of fracture, instead of `fractured`: {'C2': 'hangman'}
+               scan:dict=None, # fixed instead of drawn: fov, dz, thickness, top, bottom, blur, overshoot (mm, part), noise (HU)
               )->Study: # volume (int16 HU, head first), labels, fractured, boxes, fractures, decoys, facts
     "Make one synthetic neck CT with its truth; the neck of a seed is the same whatever is broken in it"
     seeds = [int(s) for s in np.atleast_1d(seed)]
@@ -221,7 +224,7 @@ def make_study(seed:int, # any integer, or a sequence of them; the same seed giv
         if v.name in LEVELS and drawn[k]:
             v.lesions = [fracture(v, kinds[v.name], streams[0][k])] if kinds else _fractures_of(v, streams[0][k])
         v.lesions += _decoys_of(v, streams[1][k], prevalence)
-    scan = _scan(scanning, spine, scale, has)
+    scan = _scan(scanning, spine, scale, has, scan)
     grid = _Grid(scan['centre'], scan['fov'], size, scan['top'], scan['bottom'], scan['dz']); px, bounds = grid.px, grid.bounds
     bones, teeth = _bones(spine, neck, scale, has, bounds)
     soft, sharp, skin = _soft(spine, tissue, scale, turn, has, bounds, ([_ellipsoid([0, -25, 73], [64, 82, 56])], *teeth[1:]))
