@@ -182,14 +182,15 @@ def _sample(lo, hi, step, bounds):
     n = np.ceil((hi - lo)/step).astype(int) + 2
     return (hi[2] - np.arange(n[2])*step).astype(_F), (lo[1] + np.arange(n[1])*step).astype(_F), (lo[0] + np.arange(n[0])*step).astype(_F)
 
-def _evaluate(shapes, R, c, bounds, step=.8, scale=1., waves=None, warp=None, blend=1.5, fill=9., pad=0.):
+def _evaluate(shapes, R, c, bounds, step=.8, scale=1., waves=None, warp=None, blend=1.5, fill=9., pad=0., everywhere=False):
     """The smooth union of shapes, less those that cut, as a `Field`; None where it lies outside `bounds` (mm).
     `waves` (3, 5) roughen the surface: wave vector, phase, amplitude. `warp` says where a displaced point came from."""
     def window(lo, hi):
         corner = np.array([[(lo, hi)[i][0], (lo, hi)[j][1], (lo, hi)[k][2]] for i in (0, 1) for j in (0, 1) for k in (0, 1)])@R.T + c
         return corner.min(0), corner.max(0)
     more = pad + (1. if waves is None else 2.)
-    if (at := _sample(*window(np.min([s.lo for s in shapes], 0)*scale - more, np.max([s.hi for s in shapes], 0)*scale + more), step, bounds)) is None: return None
+    around = bounds if everywhere else window(np.min([s.lo for s in shapes], 0)*scale - more, np.max([s.hi for s in shapes], 0)*scale + more)
+    if (at := _sample(*around, step, bounds)) is None: return None
     z, y, x = at[0][:, None, None] - _F(c[2]), at[1][:, None] - _F(c[1]), at[2] - _F(c[0])
     straight = np.array_equal(R, np.eye(3)) and warp is None and waves is None   # then coordinates need no volume
     u, v, w = (x, y, z) if straight else [(x*_F(R[0, i]) + y*_F(R[1, i])) + z*_F(R[2, i]) for i in range(3)]
@@ -202,7 +203,7 @@ def _evaluate(shapes, R, c, bounds, step=.8, scale=1., waves=None, warp=None, bl
     if scale != 1: u, v, w = u/_F(scale), v/_F(scale), w/_F(scale)
     shape = tuple(map(len, at)); out = np.full(shape, fill, _F)
     for s in sorted(shapes, key=lambda s: s.cut):
-        lo, hi = window(s.lo*scale - more + 1, s.hi*scale + more - 1)
+        far = more - 1 + 2*s.cut; lo, hi = window(s.lo*scale - far, s.hi*scale + far)   # a cortex lies around a hole, too
         first, last = [(at[0][0] - hi[2])/step, (lo[1] - at[1][0])/step, (lo[0] - at[2][0])/step], [(at[0][0] - lo[2])/step, (hi[1] - at[1][0])/step, (hi[0] - at[2][0])/step]
         box = [slice(max(int(np.floor(i)), 0), max(int(np.ceil(j)) + 1, 0)) for i, j in zip(first, last)]
         part = (u[box[2]], v[box[1]], w[box[0]]) if straight else [p[tuple(box)] for p in (u, v, w)]
@@ -426,8 +427,8 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
     rx = (neck + fat)*(1 - head) + 76*scale*head + chest*rng.uniform(70, 120)
     ry = (neck*rng.uniform(.98, 1.08) + fat)*(1 - head) + 95*scale*head + chest*rng.uniform(8, 25)
     cy = sy + rng.uniform(-2, 5)*scale*(1 - head) - head*26*scale
-    skin = _evaluate([_tube(z, sx, cy, rx, ry)], I, O, bounds, 2., blend=0, fill=60.)
-    if skin is None: skin = Field(np.full((2, 2, 2), 60, _F), (bounds[1][2], bounds[0][1], bounds[0][0]), 400.)
+    tube = _tube(z, sx, cy, rx, ry); tube.lo[:2], tube.hi[:2] = bounds[0][:2] - 2, bounds[1][:2] + 2
+    skin = _evaluate([tube], I, O, bounds, 2., blend=0, fill=60., everywhere=True)
     at3 = _sample(*bounds, step, bounds); shape = tuple(map(len, at3)); first = tuple(float(k[0]) for k in at3)
     def rough(mm): r = gaussian_filter(rng.standard_normal(shape, _F), mm/step); return r/(r.std() + _F(1e-6))
     muscle, fat_hu, grain = rng.uniform(48, 68), rng.uniform(-115, -90), rough(rng.uniform(2, 4))

@@ -5,12 +5,14 @@ __all__ = ['KINDS', 'DECOYS', 'draw_fractured', 'kinds_of', 'Cut', 'Lesion', 'fr
 
 # %% ../nbs/04_fractures.ipynb #5170d269
 from dataclasses import dataclass, field
+from functools import cache
 import numpy as np, pandas as pd
 from .presets import CspineError, LEVELS
 from .rsna import PREVALENCE
 from .anatomy import Vertebra
 
 # %% ../nbs/04_fractures.ipynb #d376ffa6
+@cache
 def _conditional_rates():
     "Rates of independent levels that, given at least one fracture, reproduce the competition's prevalence"
     want = PREVALENCE[list(LEVELS)].values/PREVALENCE['patient_overall']; q = want.copy()

@@ -72,6 +72,8 @@ def _noise_tiles(rng, size, px, blur, n=8):
     return out
 
 # %% ../nbs/04_phantom.ipynb #dd07c3aa
+_RIM = 2.6                      # mm: deeper than this bone is spongy all over
+
 @dataclass
 class _Bone:
     "A bone ready to be painted, and what was seen of its lesions"
@@ -96,23 +98,24 @@ class _Bone:
         if (s := self.field.section(z, y, x, None if moved else width + .3)) is None: return
         ys, xs, d = s; y, x = (y[ys] - self.c[1]).astype(_F), (x[xs] - self.c[0]).astype(_F); z = z - self.c[2]; fresh, more = None, 0
         if self.lesions:
-            u, v, w = self.local(z, y, x); solid = d < 0; pieces = []
+            first = d; u, v, w = self.local(z, y, x); solid = d < width/2; pieces = []
             for i, l in enumerate(self.lesions):
                 piece = np.zeros(d.shape, bool)
-                if l.channel and abs(z - self.R[2]@np.array(l.channel[0])) < 5: d = np.maximum(d, -_capsule(*l.channel).sdf(u, v, w)); piece |= solid & (d > 0)
+                if l.channel and abs(z - self.R[2]@np.array(l.channel[0])) < 14: hole = -_capsule(*l.channel).sdf(u, v, w); piece |= solid & (hole > -_RIM); d = np.maximum(d, hole)
                 for c in l.cuts:
-                    if abs(z - self.R[2]@c.centre) > c.reach + 1: continue
+                    if abs(z - self.R[2]@c.centre) > c.reach + _RIM: continue
                     p, r = c.distance(u, v, w); p = np.abs(p)
                     if c.gap:
                         gap = np.minimum(_F(c.gap/2) - p, _F(c.reach) - r)
                         if c.fresh: fresh = gap if fresh is None else np.maximum(fresh, gap)
                         else: d = np.maximum(d, gap)
-                    if c.dense: more = more + _F(c.dense)*np.exp(-(p*_F(.8))**2)*np.clip(_F(c.reach) - r, 0, 1)
-                    if c.gap or c.dense: piece |= solid & (p < max(c.gap/2, .1 if c.gap else 1.2) + max(.3, width/2)) & (r < c.reach)
+                    if c.dense: more = more + _F(c.dense)*np.clip(1 - (p*_F(1/1.8))**2, 0, 1)*np.clip(_F(c.reach) - r, 0, 1)
+                    far = max(.3, width/2) if c.fresh else _RIM                  # what the plane can change
+                    piece |= solid & (p < max(c.gap/2 + far if c.gap else 0, 1.8 if c.dense else 0)) & (r < c.reach + far)
                 pieces.append(piece)
-            if moved and any(not l.decoy for l in self.lesions):
+            if moved:
                 whole = self.whole.section(z + self.c[2], *at[1:])[2]
-                changed = ((whole < 0) != solid) & (np.abs(whole - self.field.section(*at)[2]) > .15)
+                changed = (np.minimum(whole, first) < width/2) & (np.abs(whole - first) > 5e-4)
                 for l, piece in zip(self.lesions, pieces):
                     if l.moves: piece |= changed
                     elif l.displacement:
@@ -146,7 +149,7 @@ def _bones(spine, rng, scale, has, bounds, step=.8):
     if (f := _evaluate(teeth[0], *teeth[1:3], bounds, 1., teeth[3])): out.append(_Bone(f, *teeth[1:3], enamel, enamel*.8, shell, texture=False))
     for v in spine.values():
         k = rng.uniform(.92, 1.08); lesions = v.lesions; warp = _warp(lesions); pad = max([l.displacement for l in lesions] + [0.])
-        common = dict(bounds=bounds, step=step if warp is None else .6, waves=v.waves, pad=pad)
+        common = dict(bounds=bounds, step=step, waves=v.waves, pad=pad)
         if (f := _evaluate(v.shapes, v.R, v.c, warp=warp, **common)) is None: continue
         whole = _evaluate(v.shapes, v.R, v.c, **common) if warp is not None else None
         out.append(_Bone(f, v.R, v.c, cortex*k, spongy*k, shell, v.m.get('b', -99.), v.label, whole, lesions))
