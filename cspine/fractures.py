@@ -76,10 +76,10 @@ class Cut:
         "How much of `shift` each point got, 0 to 1"
         return (self.distance(u, v, w)[0] > 0)*self.held(u, v, w)
 
-    def held(self, u, v, w):
-        "The ball that holds the fragment, 0 to 1: about the centre, or beyond the plane where `hold` says so"
+    def held(self, u, v, w, more=0.):
+        "The ball that holds the fragment, 0 to 1: about the centre, or beyond the plane where `hold` says so; `more` mm larger"
         c = self.centre + self.normal*.8*self.hold; r = _F(self.hold or self.reach)
-        return np.clip((r*_F(1.1) - np.sqrt((u - _F(c[0]))**2 + (v - _F(c[1]))**2 + (w - _F(c[2]))**2))*_F(.5), 0, 1)
+        return np.clip((r*_F(1.1) + _F(more) - np.sqrt((u - _F(c[0]))**2 + (v - _F(c[1]))**2 + (w - _F(c[2]))**2))*_F(.5), 0, 1)
 
 @dataclass
 class Lesion:

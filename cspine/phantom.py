@@ -120,7 +120,7 @@ class _Bone:
                     if l.moves: piece |= changed
                     elif l.displacement:
                         for c in l.cuts:
-                            if c.shift.any(): piece |= changed & (c.held(u - _F(c.shift[0]), v - _F(c.shift[1]), w - _F(c.shift[2])) + c.held(u, v, w) > 0)
+                            if c.shift.any(): piece |= changed & (c.held(u - _F(c.shift[0]), v - _F(c.shift[1]), w - _F(c.shift[2]), 1.5) + c.held(u, v, w, 1.5) > 0)
             for i, piece in enumerate(pieces):
                 if piece.any():
                     r, c = np.flatnonzero(piece.any(1)), np.flatnonzero(piece.any(0))
