@@ -401,11 +401,11 @@ def _muscles(spine, rng, s):
     def strand(side, knots, turn=0.):
         "knots: vertebra -> (u, v, half width, half depth)"
         p = np.array([[*spine[n].at([side*u, v, 0], s), rx*s, ry*s] for n, (u, v, rx, ry) in knots.items()])
-        k = rng.uniform(1.2, 1.5); return _tube(p[:, 2], p[:, 0], p[:, 1], p[:, 3]*k, p[:, 4]*k, side*turn)
+        k = rng.uniform(1.5, 1.75); return _tube(p[:, 2], p[:, 0], p[:, 1], p[:, 3]*k, p[:, 4]*k, side*turn)
     out = []
     for i in (-1, 1):
         out += [strand(i, dict(C1=(6, -11, 5, 2.5), C3=(7, -12, 6, 3), C6=(9, -12, 7, 4), T3=(9, -14, 6, 4))),                       # longus
-                strand(i, dict(C1=(38, 0, 8, 10), C3=(42, -14, 9, 12), C5=(38, -30, 9, 12), C7=(28, -46, 9, 8), T2=(14, -60, 8, 5)), .5),  # sternocleidomastoid
+                strand(i, dict(C1=(38, 0, 8, 10), C3=(46, -12, 8, 12), C5=(43, -28, 8, 12), C7=(33, -46, 8, 8), T2=(14, -60, 8, 5)), .5),  # sternocleidomastoid
                 strand(i, dict(C2=(26, 6, 4, 5), C4=(28, 3, 6, 7), C6=(31, 0, 8, 9), T1=(38, -4, 10, 9)), .3),                         # scalenes
                 strand(i, dict(C1=(32, 12, 6, 8), C3=(35, 14, 7, 10), C5=(38, 18, 8, 11), C7=(46, 24, 10, 12), T2=(54, 34, 12, 10)), -.3), # levator
                 strand(i, dict(C2=(12, 32, 8, 6), C4=(12, 34, 9, 6), C6=(13, 36, 10, 7), T2=(15, 36, 11, 8)), .2),                       # multifidus
@@ -431,7 +431,7 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
     skin = _evaluate([tube], I, O, bounds, 2., blend=0, fill=60., everywhere=True)
     at3 = _sample(*bounds, step, bounds); shape = tuple(map(len, at3)); first = tuple(float(k[0]) for k in at3)
     def rough(mm): r = gaussian_filter(rng.standard_normal(shape, _F), mm/step); return r/(r.std() + _F(1e-6))
-    muscle, fat_hu, grain = rng.uniform(48, 68), rng.uniform(-115, -90), rough(rng.uniform(2, 4))
+    muscle, fat_hu, grain = rng.uniform(48, 68), rng.uniform(-125, -95), rough(rng.uniform(2, 4))
     hu = _F(fat_hu) + grain*_F(8)
     def blend(shapes, value, soft=.8, R=I, o=O, g=1., spread=0.):
         "Paint on the coarse grid"

@@ -21,7 +21,7 @@ from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fractur
 # %% ../nbs/04_phantom.ipynb #d45319e4
 _F = np.float32
 # name: share, blur's standard deviation (mm), overshoot, noise (HU, for a voxel of 0.45 x 0.45 x 0.8 mm)
-_KERNELS = dict(bone=(.6, (.28, .38), (.5, 1.1), (28, 70)), standard=(.3, (.38, .52), (0., .4), (16, 36)), soft=(.1, (.55, .75), (0., 0.), (7, 16)))
+_KERNELS = dict(bone=(.6, (.28, .38), (.5, 1.1), (28, 70)), standard=(.3, (.38, .52), (0., .4), (20, 50)), soft=(.1, (.55, .75), (0., 0.), (10, 28)))
 _COLUMNS = 'StudyInstanceUID x y width height slice_number'.split()
 _TRUTH = 'StudyInstanceUID level kind gap_mm displacement_mm x0 y0 z0 x1 y1 z1 width_mm depth_mm height_mm'.split()
 
@@ -128,7 +128,7 @@ class _Bone:
                                                         max(xs.start + int(c[0]) - margin, 0), min(xs.start + int(c[-1]) + 1 + margin, hu.shape[1])))
         shell = self.shell[1] if self.behind == -99 else self.shell[0] + (self.shell[1] - self.shell[0])*np.clip(
             (x*_F(self.R[0, 1]) + y[:, None]*_F(self.R[1, 1]) + _F(z*self.R[2, 1] - self.behind))*_F(.3), 0, 1)
-        rim = np.clip((-d - shell)*_F(1.25), 0, 1); inside = grain[ys, xs]*_F(.3*self.spongy) if self.texture else _F(0)
+        rim = np.clip((-d - shell)*_F(1.25), 0, 1); inside = grain[ys, xs]*_F(.4*self.spongy) if self.texture else _F(0)
         value = _F(self.cortex) + rim*(_F(self.spongy - self.cortex) + inside) + more
         part = hu[ys, xs]; edge = d if fresh is None else np.maximum(d, fresh)
         part += np.clip(_F(.5) - edge*_F(1/width), 0, 1)*(value - part)
@@ -138,8 +138,8 @@ class _Bone:
 
 def _bones(spine, rng, scale, has, bounds, step=.8):
     "Everything of bone, ready to be painted; vertebrae last. Also the teeth's places, and what fills the skull"
-    density = rng.uniform(.8, 1.2)*(.75 if has['osteoporosis'] else 1); cortex, spongy = rng.uniform(1000, 1450)*density, rng.uniform(230, 380)*density
-    shell = rng.uniform(.25, .5), rng.uniform(.8, 1.6)
+    density = rng.uniform(.8, 1.2)*(.75 if has['osteoporosis'] else 1); cortex, spongy = rng.uniform(850, 1300)*density, rng.uniform(140, 330)*density
+    shell = rng.uniform(.05, .3), rng.uniform(.3, 1.)
     if has['osteoporosis']: spongy, shell = spongy*.45, (shell[0]*.7, shell[1]*.6)
     if has['sclerotic']: spongy = cortex*.7
     others, teeth = _others(spine, rng, scale); out = []
