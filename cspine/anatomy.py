@@ -184,26 +184,21 @@ def _sample(lo, hi, step, bounds):
 
 def _evaluate(shapes, R, c, bounds, step=.8, scale=1., waves=None, warp=None, blend=1.5, fill=9., pad=0., everywhere=False):
     """The smooth union of shapes, less those that cut, as a `Field`; None where it lies outside `bounds` (mm).
-    `waves` (3, 5) roughen the surface: wave vector, phase, amplitude. `warp` says where a displaced point came from."""
+    `waves` (n, 5) roughen the surface: wave vector, phase, amplitude. `warp` says where a displaced point came from."""
     def window(lo, hi):
         corner = np.array([[(lo, hi)[i][0], (lo, hi)[j][1], (lo, hi)[k][2]] for i in (0, 1) for j in (0, 1) for k in (0, 1)])@R.T + c
         return corner.min(0), corner.max(0)
-    more = pad + (1. if waves is None else 2.)
+    more = pad + 2.
     around = bounds if everywhere else window(np.min([s.lo for s in shapes], 0)*scale - more, np.max([s.hi for s in shapes], 0)*scale + more)
     if (at := _sample(*around, step, bounds)) is None: return None
     z, y, x = at[0][:, None, None] - _F(c[2]), at[1][:, None] - _F(c[1]), at[2] - _F(c[0])
-    straight = np.array_equal(R, np.eye(3)) and warp is None and waves is None   # then coordinates need no volume
+    straight = np.array_equal(R, np.eye(3)) and warp is None   # then coordinates need no volume
     u, v, w = (x, y, z) if straight else [(x*_F(R[0, i]) + y*_F(R[1, i])) + z*_F(R[2, i]) for i in range(3)]
     if warp is not None: u, v, w = warp(u, v, w)
-    if waves is not None:                                                        # sin(p + q) = sin p cos q + cos p sin q: p of the plane, q of the height
-        n = []
-        for *k, phase, size in waves:
-            g = R@np.array(k); p, q = x*_F(g[0]) + y*_F(g[1]) + _F(phase), z*_F(g[2]); n.append(_F(size)*np.sin(p)*np.cos(q)); n[-1] += _F(size)*np.cos(p)*np.sin(q)
-        u, v, w = u + n[0], v + n[1], w + n[2]
     if scale != 1: u, v, w = u/_F(scale), v/_F(scale), w/_F(scale)
     shape = tuple(map(len, at)); out = np.full(shape, fill, _F)
     for s in sorted(shapes, key=lambda s: s.cut):
-        far = more - 1 + 2*s.cut; lo, hi = window(s.lo*scale - far, s.hi*scale + far)   # a cortex lies around a hole, too
+        far = more - 1.5 + 2*s.cut; lo, hi = window(s.lo*scale - far, s.hi*scale + far)   # a cortex lies around a hole, too
         first, last = [(at[0][0] - hi[2])/step, (lo[1] - at[1][0])/step, (lo[0] - at[2][0])/step], [(at[0][0] - lo[2])/step, (hi[1] - at[1][0])/step, (hi[0] - at[2][0])/step]
         box = [slice(max(int(np.floor(i)), 0), max(int(np.ceil(j)) + 1, 0)) for i, j in zip(first, last)]
         part = (u[box[2]], v[box[1]], w[box[0]]) if straight else [p[tuple(box)] for p in (u, v, w)]
@@ -215,11 +210,14 @@ def _evaluate(shapes, R, c, bounds, step=.8, scale=1., waves=None, warp=None, bl
             k = np.maximum(_F(blend) - np.abs(old - d), 0)
             np.minimum(old, d, out=old); old -= k*k*_F(.25/blend)
         else: np.minimum(old, d, out=old)
+    if waves is not None:                                                        # sin(p + q) = sin p cos q + cos p sin q: p of the plane, q of the height
+        for *k, phase, size in waves:
+            g = R@np.array(k); p, q = x*_F(g[0]) + y*_F(g[1]) + _F(phase), z*_F(g[2]); out += np.sin(p)*(_F(size)*np.cos(q)); out += np.cos(p)*(_F(size)*np.sin(q))
     return Field(out, tuple(float(a[0]) for a in at), step)
 
-def _waves(rng, amplitude=.45, rate=.35):
-    "Three waves that roughen a surface, see `_evaluate`"
-    return np.column_stack([rng.normal(0, rate, (3, 3)), rng.uniform(0, 6.3, 3), np.full(3, amplitude)]).astype(_F)
+def _waves(rng, size=.35, rate=.35):
+    "Two waves that roughen a surface, `size` mm high, see `_evaluate`"
+    return np.column_stack([rng.normal(0, rate, (2, 3)), rng.uniform(0, 6.3, 2), np.full(2, size)]).astype(_F)
 
 # %% ../nbs/04_anatomy.ipynb #61e8e1f8
 _MORPHOMETRY = pd.DataFrame(
@@ -318,7 +316,7 @@ class Vertebra:
     R: np.ndarray               # (3, 3) columns u, v, w in the patient's mm
     c: np.ndarray               # (3,) origin
     m: dict                     # its dimensions
-    waves: np.ndarray           # (3, 5) roughness of its surface
+    waves: np.ndarray           # (n, 5) roughness of its surface
     lesions: list = field(default_factory=list)     # fractures and decoys
 
     @property

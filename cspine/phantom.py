@@ -15,7 +15,7 @@ from .presets import CspineError, LEVELS, TARGETS, progress
 from .ctfile import LOSSY, SYNTAXES
 from .dicom import Volume, write_series
 from .rsna import write_mask, write_whole
-from .anatomy import Field, Prevalence, _capsule, _chain, _ellipsoid, _evaluate, _others, _plate, _rot, _soft, _spine, _waves
+from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _others, _rot, _soft, _spine
 from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fracture
 
 # %% ../nbs/04_phantom.ipynb #d45319e4
@@ -136,7 +136,7 @@ class _Bone:
             near, lab = nearest[ys, xs], labels[ys, xs]; mine = d < near
             lab[mine] = self.label; near[mine] = d[mine]
 
-def _bones(spine, rng, scale, has, bounds, step=.8):
+def _bones(spine, rng, scale, has, bounds, step=.85):
     "Everything of bone, ready to be painted; vertebrae last. Also the teeth's places, and what fills the skull"
     density = rng.uniform(.8, 1.2)*(.75 if has['osteoporosis'] else 1); cortex, spongy = rng.uniform(850, 1300)*density, rng.uniform(140, 330)*density
     shell = rng.uniform(.05, .3), rng.uniform(.3, 1.)

@@ -78,7 +78,7 @@ def test_a_fracture_is_dark_or_moved_inside_its_box_and_nowhere_else(number):
     assert dict(zip(study.fractures.level, study.fractures.kind)) == kinds and len(study.fractures) == len(kinds)
     change = study.volume.hu.astype(int) - before.volume.hu
     outside = ~within(study.boxes, change.shape)
-    assert np.abs(change[outside]).max() <= 1, 'a fracture changed what lies outside its boxes'
+    assert np.abs(change[outside]).max() <= 3, 'a fracture changed what lies outside its boxes'
     for row in study.fractures.itertuples():
         box = np.s_[row.z0:row.z1, row.y0:row.y1, row.x0:row.x1]
         bone = before.labels[box] == LEVELS.index(row.level) + 1
@@ -125,7 +125,7 @@ def test_decoys_are_no_fractures():
     assert not study.fractured.any() and not len(study.fractures) and not len(study.boxes)
     assert set(study.decoys.kind) == set(DECOYS) and not len(before.decoys)
     change = study.volume.hu.astype(int) - before.volume.hu
-    assert np.abs(change[~within(study.decoys, change.shape)]).max() <= 1
+    assert np.abs(change[~within(study.decoys, change.shape)]).max() <= 3
     for r in study.decoys.itertuples():
         box = np.s_[r.z0:r.z1, r.y0:r.y1, r.x0:r.x1]
         change_here = change[box] if r.kind != 'healed' else -change[box]       # healed bone is denser, the others are dark lines
