@@ -138,7 +138,7 @@ class _Bone:
 
 def _bones(spine, rng, scale, has, bounds, step=.85):
     "Everything of bone, ready to be painted; vertebrae last. Also the teeth's places, and what fills the skull"
-    density = rng.uniform(.8, 1.2)*(.75 if has['osteoporosis'] else 1); cortex, spongy = rng.uniform(850, 1300)*density, rng.uniform(140, 330)*density
+    density = rng.uniform(.8, 1.2)*(.75 if has['osteoporosis'] else 1); cortex, spongy = rng.uniform(850, 1300)*density, rng.uniform(110, 310)*density
     shell = rng.uniform(.05, .3), rng.uniform(.3, 1.)
     if has['osteoporosis']: spongy, shell = spongy*.45, (shell[0]*.7, shell[1]*.6)
     if has['sclerotic']: spongy = cortex*.7
