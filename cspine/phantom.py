@@ -15,8 +15,9 @@ from .presets import CspineError, LEVELS, TARGETS, progress
 from .ctfile import LOSSY, SYNTAXES
 from .dicom import Volume, write_series
 from .rsna import write_mask, write_whole
-from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _others, _rot, _soft, _spine
+from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _rot, _spine
 from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fracture
+from .neck import _metal, _others, _soft
 
 # %% ../nbs/04_phantom.ipynb #d45319e4
 _F = np.float32
@@ -166,22 +167,6 @@ class Study:
     fractures: pd.DataFrame                                                      # one row a fracture: level, kind, gap_mm, displacement_mm, box
     decoys: pd.DataFrame                                                         # the same of what is no fracture
     facts: dict                                                                  # options and acquisition: what was drawn
-
-def _metal(spine, teeth, rng, has):
-    "Where metal is: (position, radius, half height) in mm, and its shapes in the patient's frame"
-    spots, shapes = [], []; chosen = rng.choice(len(teeth[0]), int(rng.integers(1, 5)), replace=False)
-    if has['metal']:
-        for i in chosen:
-            s = teeth[0][i]; p = teeth[2] + teeth[1]@((s.lo + s.hi)/2*teeth[3]); p[2] += 3; spots.append((p, 4.)); shapes.append(_ellipsoid(p, [4, 4, 3.5]))
-    low = int(rng.integers(2, 6))
-    if has['hardware']:
-        for n in (f'C{low + 1}', f'C{low + 2}'):
-            v = spine[n]
-            for s in (-1, 1):
-                shapes.append(_capsule(v.at([s*4, -v.m['b'] - 1, 0]), v.at([s*2.5, v.m['b']*.6, 0]), 1.8)); spots.append((v.at([s*3, -3, 0]), 5.))
-        a, b = spine[f'C{low + 1}'], spine[f'C{low + 2}']; p, q = a.at([0, -a.m['b'] - 1.5, 2]), b.at([0, -b.m['b'] - 1.5, -2])
-        shapes += [_capsule(p + [s, 0, 0], q + [s, 0, 0], 1.3) for s in (-5, 0, 5)]
-    return spots, shapes
 
 def _streaks(hu, at, spots, rng_profiles):
     "Bright and dark rays from metal in this slice, weaker with distance"
