@@ -282,12 +282,13 @@ def write_odd(
     uid: str = None,    # StudyInstanceUID; made from the content where not given
     syntax: str = 'explicit', # where the oddity allows it
     seed=0,             # of what is drawn at random
+    series: dict = None,# more DICOM attributes by keyword
 ) -> Path:              # the folder
     "Write a series that is odd in one way."
     o, folder, rng = _oddity(oddity), Path(folder), np.random.default_rng(seed)
     slices, A, positions = acquire(hu, affine, oddity)
     if o.series.get('BitsStored') == 12: slices = np.clip(slices, -1024, 3071)
-    write_series(slices, A, folder, uid=uid, syntax='explicit' if o.raw else syntax, series=o.series)
+    write_series(slices, A, folder, uid=uid, syntax='explicit' if o.raw else syntax, series=(series or {}) | o.series)
     if positions is not None:
         for p, at in zip(_slices(folder), positions): _edit(p, ImagePositionPatient=[f'{v:.6f}' for v in at])
     if o.files: o.files(folder, rng)

@@ -14,6 +14,7 @@ from scipy.ndimage import correlate1d, gaussian_filter, gaussian_filter1d
 from .presets import CspineError, LEVELS, TARGETS, progress
 from .ctfile import LOSSY, SYNTAXES
 from .dicom import Volume, write_series
+from .oddities import ODDITIES, acquire, write_odd
 from .rsna import write_mask, write_whole
 from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _rot, _spine
 from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fracture
@@ -282,23 +283,34 @@ _COMMON = dict(explicit=.68, jpeg_lossless=.1, implicit=.05, rle=.03, jpeg2000=.
 _SYNTAX = _COMMON | {s: (1 - sum(_COMMON.values()))/(len(SYNTAXES) - len(_COMMON)) for s in SYNTAXES if s not in _COMMON}
 _MATRIX = {1.: .92, .75: .04, 1.25: .04}                                         # rows and columns, of what was asked for
 
-def _draw_files(seed, i, size):
-    "Matrix and transfer syntax of a study"
-    rng = np.random.default_rng((seed, i, 1)); syntax = str(rng.choice(list(_SYNTAX), p=list(_SYNTAX.values())))
-    return int(np.clip(round(size*rng.choice(list(_MATRIX), p=list(_MATRIX.values()))/2)*2, 32, 1024)), syntax
+_ODD = [o for o in ODDITIES if o != 'no_positions']                              # without positions no mask could be placed
 
-def _write_study(job, out, size, seed, rate):
+def _draw_files(seed, i, size, odd):
+    "Matrix, transfer syntax and oddity ('' for none) of a study"
+    rng = np.random.default_rng((seed, i, 1)); syntax = str(rng.choice(list(_SYNTAX), p=list(_SYNTAX.values())))
+    size = int(np.clip(round(size*rng.choice(list(_MATRIX), p=list(_MATRIX.values()))/2)*2, 32, 1024))
+    oddity = str(rng.choice(_ODD)) if rng.random() < odd else ''
+    if oddity and ODDITIES[oddity].raw: syntax = 'explicit'
+    return size, syntax, oddity
+
+def _write_study(job, out, size, seed, rate, odd):
     "Make and write one study; its rows come back, and are kept on disk so that a killed run goes on"
     split, i = job; uid = f'1.2.826.0.1.3680043.22.{seed}.{i}'; part = out/'.parts'/f'{uid}.json'
     if part.exists(): return json.loads(part.read_text())
-    size, syntax = _draw_files(seed, i, size)
+    size, syntax, oddity = _draw_files(seed, i, size, odd)
     study = make_study((seed, i), size, uid=uid, rate=rate if split == 'train' else 1.)
-    # an oddity of the DICOM folder is to be drawn here, and applied to the folder that write_series leaves
-    write_series(study.volume.hu, study.volume.affine, out/f'{split}_images'/uid, uid=uid, syntax=syntax, series=dict(SliceThickness=study.facts['thickness_mm']))
-    write_mask(study.labels, study.volume.affine, out/('segmentations' if split == 'train' else 'test_segmentations')/f'{uid}.nii')
+    folder, more = out/f'{split}_images'/uid, dict(SliceThickness=study.facts['thickness_mm'])
+    if oddity:
+        write_odd(study.volume.hu, study.volume.affine, folder, oddity, uid=uid, syntax=syntax, seed=(seed, i, 2), series=more)
+        labels, affine, _ = acquire(study.labels, study.volume.affine, oddity, order=0)
+        if not ODDITIES[oddity].named: study.boxes = study.boxes[:0]             # slices with other numbers, or none
+    else:
+        write_series(study.volume.hu, study.volume.affine, folder, uid=uid, syntax=syntax, series=more)
+        labels, affine = study.labels, study.volume.affine
+    write_mask(labels, affine, out/('segmentations' if split == 'train' else 'test_segmentations')/f'{uid}.nii')
     table = lambda t: json.loads(t.to_json(orient='values'))
     rows = dict(split=split, uid=uid, truth=[int(study.fractured.any()), *map(int, study.fractured)], boxes=table(study.boxes),
-                fractures=table(study.fractures), decoys=table(study.decoys), facts=study.facts | dict(syntax=syntax, lossy=int(syntax in LOSSY)))
+                fractures=table(study.fractures), decoys=table(study.decoys), facts=study.facts | dict(syntax=syntax, lossy=int(syntax in LOSSY), oddity=oddity))
     part.with_suffix('.tmp').write_text(json.dumps(rows)); os.replace(part.with_suffix('.tmp'), part)
     return rows
 
@@ -308,13 +320,15 @@ def phantom(out, # folder to make
             size:int=256, # rows and columns of a slice
             seed:int=1, # the same seed gives the same bytes
             rate:float=1., # of fractures in the train studies; more than 1 makes more to learn from, `bundle` sets the odds right
+            odd:float=.15, # share of studies in a folder that is odd in some way, see `cspine.oddities`
             workers:int=None, # processes; all cores when None
            )->Path: # the folder
     "Write synthetic studies in the competition's layout; go on where an earlier run was stopped"
-    out, asked = Path(out), dict(train=train, test=test, size=size, seed=seed, rate=rate); facts = out/'phantom.json'
+    out, asked = Path(out), dict(train=train, test=test, size=size, seed=seed, rate=rate, odd=odd); facts = out/'phantom.json'
     if train < 0 or test < 0 or train + test == 0: raise CspineError(f'Nothing to make: train={train}, test={test}; ask for at least one study.')
     if not 32 <= size <= 1024: raise CspineError(f'size={size} is outside 32 to 1024 pixels.')
     if not 0 < rate <= 5: raise CspineError(f'rate={rate} is outside 0 to 5 times the competition\'s prevalence.')
+    if not 0 <= odd <= 1: raise CspineError(f'odd={odd} is a share of the studies, 0 to 1.')
     if seed < 0: raise CspineError(f'seed={seed}: a seed is 0 or more.')
     if facts.exists():
         try: had = json.loads(facts.read_text()); had['asked'], had['complete']
@@ -326,7 +340,7 @@ def phantom(out, # folder to make
     for d in ('.parts', 'train_images', 'test_images', 'segmentations', 'test_segmentations'): (out/d).mkdir(parents=True, exist_ok=True)
     write_whole(facts, json.dumps(dict(asked=asked, complete=False)))
     jobs = [('train', i) for i in range(train)] + [('test', train + i) for i in range(test)]
-    work = partial(_write_study, out=out, size=size, seed=seed, rate=rate); workers = min(workers or os.cpu_count() or 1, len(jobs))
+    work = partial(_write_study, out=out, size=size, seed=seed, rate=rate, odd=odd); workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers == 1: done = list(progress(map(work, jobs), 'phantoms', len(jobs)))
     else:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
