@@ -12,9 +12,10 @@ from cspine.anatomy import Prevalence, _spine
 from cspine.ctfile import LOSSY, SYNTAXES
 from cspine.dicom import read_series, write_series
 from cspine.fractures import DECOYS, KINDS, _decoys_of, _fractures_of, decoy, draw_fractured, fracture, kinds_of
+from cspine.oddities import ODDITIES
 from cspine.phantom import _draw_files, _kernel, _noise_tiles, make_study, phantom
 from cspine.presets import LEVELS, CspineError
-from cspine.rsna import PREVALENCE, read_boxes, read_test, read_train
+from cspine.rsna import PREVALENCE, read_boxes, read_mask, read_test, read_train
 
 QUIET = dict(fov=170, dz=.8, thickness=.8, blur=.3, overshoot=.3, noise=0)
 BROKEN = (dict(C1='jefferson', C2='dens type II', C4='burst', C6='facet', C7='spinous process'),
@@ -29,13 +30,13 @@ def digest(folder):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return phantom(tmp_path_factory.mktemp('phantom') / 'a', train=2, test=1, size=64, seed=21)
+    return phantom(tmp_path_factory.mktemp('phantom') / 'a', train=2, test=1, size=64, seed=21, odd=0)
 
 
 def test_same_seed_same_bytes(data, tmp_path):
-    again = phantom(tmp_path / 'b', train=2, test=1, size=64, seed=21, workers=1)
+    again = phantom(tmp_path / 'b', train=2, test=1, size=64, seed=21, odd=0, workers=1)
     assert digest(data) == digest(again)
-    other = phantom(tmp_path / 'c', train=2, test=1, size=64, seed=22, workers=1)
+    other = phantom(tmp_path / 'c', train=2, test=1, size=64, seed=22, odd=0, workers=1)
     assert digest(other)['train.csv'] != digest(data)['train.csv']
 
 
@@ -51,9 +52,9 @@ def test_stopped_run_goes_on(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, '_write_study', failing)
     with pytest.raises(KeyboardInterrupt):
-        phantom(out, train=2, test=1, size=64, seed=21, workers=1)
+        phantom(out, train=2, test=1, size=64, seed=21, odd=0, workers=1)
     monkeypatch.setattr(module, '_write_study', write)
-    assert digest(phantom(out, train=2, test=1, size=64, seed=21, workers=1)) == digest(data)
+    assert digest(phantom(out, train=2, test=1, size=64, seed=21, odd=0, workers=1)) == digest(data)
 
 
 def within(boxes, shape, grow=3):
@@ -185,14 +186,39 @@ def test_some_kinds_are_commoner_than_others():
     with pytest.raises(CspineError, match='no cervical level'): kinds_of('T1')
 
 
-def test_syntaxes_and_matrices():
-    drawn = [_draw_files(1, i, 256) for i in range(6000)]
-    share = pd.Series([s for _, s in drawn]).value_counts(normalize=True)
+def test_syntaxes_matrices_and_oddities():
+    drawn = pd.DataFrame([_draw_files(1, i, 256, .15) for i in range(6000)], columns=['size', 'syntax', 'oddity'])
+    share = drawn.syntax.value_counts(normalize=True)
     assert set(share.index) == set(SYNTAXES), 'every transfer syntax of the writer occurs'
     assert share.explicit > .5 and .02 < share[share.index.isin(LOSSY)].sum() < .06
-    size = pd.Series([n for n, _ in drawn]).value_counts(normalize=True)
+    size = drawn['size'].value_counts(normalize=True)
     assert set(size.index) == {256, 192, 320} and size[256] > .9
-    assert _draw_files(1, 7, 256) == _draw_files(1, 7, 256)
+    odd = drawn.oddity.value_counts(normalize=True)
+    assert set(odd.index) == {'', *ODDITIES} - {'no_positions'} and .83 < odd[''] < .87 and odd.iloc[1:].max() < 3*odd.min()
+    assert {_draw_files(1, i, 256, 0)[2] for i in range(50)} == {''} and '' not in {_draw_files(1, i, 256, 1)[2] for i in range(50)}
+    assert _draw_files(1, 7, 256, .15) == _draw_files(1, 7, 256, .15)
+
+
+def test_odd_folders_keep_their_truth(tmp_path):
+    "Masks lie on the bone, boxes on slices that are there under their numbers, and the same seed gives the same bytes."
+    out = phantom(tmp_path / 'a', train=10, test=2, size=64, seed=8, odd=1, workers=1)
+    studies = pd.read_csv(out / 'studies.csv').set_index('StudyInstanceUID')
+    boxes = read_boxes(out / 'train_bounding_boxes.csv').groupby('StudyInstanceUID')
+    assert studies.oddity.nunique() > 5 and {ODDITIES[o].named for o in studies.oddity} == {True, False}
+    train = read_train(out / 'train.csv')
+    for uid, oddity in studies.oddity.items():
+        split = 'train' if uid in train.index else 'test'
+        volume = read_series(out / f'{split}_images' / uid)
+        mask = read_mask(out / ('segmentations' if split == 'train' else 'test_segmentations') / f'{uid}.nii', volume)
+        inside = volume.hu[(mask > 0) & (mask < 8)]
+        assert np.median(inside) > np.median(volume.hu[(mask == 0) & (volume.hu > -200)]) + 100, (uid, oddity)
+        if uid in boxes.groups:
+            assert ODDITIES[oddity].named
+            for b in boxes.get_group(uid).itertuples():
+                z0, z1, y0, y1, x0, x1 = volume.acquired.box(f'{b.slice_number}.dcm', (b.y, b.y + b.height), (b.x, b.x + b.width))
+                assert mask[z0:z1, y0:y1, x0:x1].any()
+    again = phantom(tmp_path / 'b', train=10, test=2, size=64, seed=8, odd=1, workers=1)
+    assert digest(out) == digest(again)
 
 
 def test_every_syntax_holds_a_phantom(data, tmp_path):
