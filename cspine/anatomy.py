@@ -214,7 +214,7 @@ def _evaluate(shapes, R, c, bounds, step=.8, scale=1., waves=None, warp=None, bl
             g = R@np.array(k); p, q = x*_F(g[0]) + y*_F(g[1]) + _F(phase), z*_F(g[2]); out += np.sin(p)*(_F(size)*np.cos(q)); out += np.cos(p)*(_F(size)*np.sin(q))
     return Field(out, tuple(float(a[0]) for a in at), step)
 
-def _waves(rng, size=.35, rate=.35):
+def _waves(rng, size=.3, rate=.18):
     "Two waves that roughen a surface, `size` mm high, see `_evaluate`"
     return np.column_stack([rng.normal(0, rate, (2, 3)), rng.uniform(0, 6.3, 2), np.full(2, size)]).astype(_F)
 

@@ -142,12 +142,12 @@ def fracture(
     if kind == 'jefferson':                                                      # the ring in two to four places, lateral masses apart
         spots = ['anterior arch ' + side, 'posterior arch ' + 'LR'[side == 'L']] + [f'{p} {s}' for p in ('posterior arch', 'anterior arch') for s in 'RL']
         spots = list(dict.fromkeys(spots))[:int(rng.integers(2, 5))]
-        return Lesion(kind, [at(s) for s in spots], [('spread', min(shift, 4.), None)])
+        return Lesion(kind, [at(s) for s in spots], [('spread', min(shift, 4.), None)] if shift > 1 else [])
     if kind == 'posterior arch': return Lesion(kind, [at(f'{kind} {s}', shift=shift*.4) for s in ('RL' if rng.random() < .6 else side)])
     if kind == 'dens type II':                                                   # at the base; the dens goes back or forward
         return Lesion(kind, [at('dens', shift=shift, hold=11, away=[0, rng.choice([-1, 1, 1]), 0])])
     if kind == 'hangman':                                                        # both partes; the body slides forward
-        return Lesion(kind, [at(f'pars {s}') for s in 'RL'], [('slide', shift, 9.)])
+        return Lesion(kind, [at(f'pars {s}') for s in 'RL'], [('slide', shift, 9.)] if shift > 1 else [])
     if kind == 'compression':                                                    # height lost in front, a dense band, the front cortex broken
         a, b, h = m['a'], m['b'], m['h']; loss = 2*h*rng.uniform(.12, .45)
         front = _cut(rng, [rng.normal(0, 2), -b + 1, h*.25], [0, .1, 1], 6, min(gap, 1.2))

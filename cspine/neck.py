@@ -53,7 +53,7 @@ def _muscles(spine, rng, s):
     "Muscles by the offsets (mm) that they have from the vertebrae"
     def strand(side, knots, turn=0.):
         "knots: vertebra -> (u, v, half width, half depth)"
-        p = np.array([[*spine[n].at([side*u, v, 0], s), rx*s, ry*s] for n, (u, v, rx, ry) in knots.items()])
+        p = np.array([[*spine[n].at([side*u, v, 14*(n == 'C1')], s), rx*s, ry*s] for n, (u, v, rx, ry) in knots.items()])
         k = rng.uniform(1.5, 1.75); return _tube(p[:, 2], p[:, 0], p[:, 1], p[:, 3]*k, p[:, 4]*k, side*turn)
     out = []
     for i in (-1, 1):

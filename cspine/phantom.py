@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 import json, multiprocessing, os
 import numpy as np, pandas as pd
-from scipy.ndimage import correlate1d, gaussian_filter, gaussian_filter1d
+from scipy.ndimage import correlate1d, find_objects, gaussian_filter, gaussian_filter1d, label as ndlabel, maximum_filter
 from .presets import CspineError, LEVELS, TARGETS, progress
 from .ctfile import LOSSY, SYNTAXES
 from .dicom import Volume, write_series
@@ -124,10 +124,10 @@ class _Bone:
                         for c in l.cuts:
                             if c.shift.any(): piece |= changed & (c.held(u - _F(c.shift[0]), v - _F(c.shift[1]), w - _F(c.shift[2]), 1.5) + c.held(u, v, w, 1.5) > 0)
             for i, piece in enumerate(pieces):
-                if piece.any():
-                    r, c = np.flatnonzero(piece.any(1)), np.flatnonzero(piece.any(0))
-                    self.seen.setdefault(i, []).append((k, max(ys.start + int(r[0]) - margin, 0), min(ys.start + int(r[-1]) + 1 + margin, hu.shape[0]),
-                                                        max(xs.start + int(c[0]) - margin, 0), min(xs.start + int(c[-1]) + 1 + margin, hu.shape[1])))
+                if not piece.any(): continue
+                for r, c in find_objects(ndlabel(maximum_filter(piece, int(6/width) | 1))[0]*piece):       # a box for each line, as people draw them
+                    self.seen.setdefault(i, []).append((k, max(ys.start + r.start - margin, 0), min(ys.start + r.stop + margin, hu.shape[0]),
+                                                        max(xs.start + c.start - margin, 0), min(xs.start + c.stop + margin, hu.shape[1])))
         shell = self.shell[1] if self.behind == -99 else self.shell[0] + (self.shell[1] - self.shell[0])*np.clip(
             (x*_F(self.R[0, 1]) + y[:, None]*_F(self.R[1, 1]) + _F(z*self.R[2, 1] - self.behind))*_F(.3), 0, 1)
         rim = np.clip((-d - shell)*_F(1.25), 0, 1); inside = grain[ys, xs]*_F(.4*self.spongy) if self.texture else _F(0)

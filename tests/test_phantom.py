@@ -255,7 +255,7 @@ def test_fracture_truth_is_where_the_bone_is_broken():
     assert study.fractured.tolist() == [False] * 4 + [True] + [False] * 2
     assert set(study.fractures.level) == {'C5'} and len(study.boxes)
     for b in study.boxes.itertuples():
-        inside = np.s_[max(b.slice_number - 2, 0):b.slice_number + 1, b.y:b.y + b.height, b.x:b.x + b.width]
+        inside = np.s_[max(b.slice_number - 3, 0):b.slice_number + 2, b.y:b.y + b.height, b.x:b.x + b.width]
         assert (study.labels[inside] == 5).any(), 'a box of truth far from C5'
     whole = make_study((5, 1), 192, fractured=np.zeros(7, bool))
     assert not whole.fractured.any() and not len(whole.boxes) and not len(whole.fractures)
