@@ -150,8 +150,10 @@ def _hu(s, decode):
     a, pad = _folded(stored_values(s, decode), s), _pad(s)
     outside = (a >= pad[0]) & (a <= pad[1]) if pad else None
     slope, intercept = 1. if s.slope is None else s.slope, s.intercept or 0.
-    if (slope == 1 and intercept == int(intercept) and abs(intercept) < 32768 and a.dtype.itemsize == 2
-        and a.min() + intercept >= -32768 and a.max() + intercept <= 32767):
+    lo, hi = (-1 << s.bits - 1, (1 << s.bits - 1) - 1) if s.signed else (0, (1 << s.bits) - 1)
+    if (slope == 1 and intercept == int(intercept) and abs(intercept) < 32768 and a.dtype.itemsize == 2 # what fits, by its
+        and (lo + intercept >= -32768 or a.min() + intercept >= -32768)                                # bits or as it is
+        and (hi + intercept <= 32767 or a.max() + intercept <= 32767)):
         hu = a.view('i2') + np.int16(intercept)  # what wraps around on the way wraps back
     else: hu = np.clip(np.rint(a*slope + intercept), -32768, 32767).astype('i2')
     if outside is not None: hu[outside] = -1024
