@@ -8,6 +8,7 @@ import pytest
 from pydicom import dcmread
 from scenes import COLUMNS, EVEN, KINDS, ROWS, acquire, judge
 
+from cspine.acquired import even_grid
 from cspine.dicom import Volume, read_series, write_series
 from cspine.rsna import read_mask, write_mask
 
@@ -62,6 +63,12 @@ def test_a_gap_that_is_too_long_is_not_filled(tmp_path):
     volume = read_series(folder)
     assert len(volume.hu) == 30 and volume.notes == ['a gap of 55 mm is too long to fill; kept the 30 slices from 30.dcm to 1.dcm, left out 12 beyond it']
     assert len(read_series(folder, even=False).hu) == 42
+
+
+def test_two_series_in_one_do_not_make_a_thousand_slices():
+    heights = np.cumsum(np.tile([.1, .9], 150))  # a tenth of a millimetre apart
+    dz, at = even_grid(heights)
+    assert .45 < dz < .55 and at[-1] < 310 and np.abs(np.diff(at)*dz - np.diff(heights)).max() < .05
 
 
 def test_slices_all_over_the_place_are_not_straightened(tmp_path):
