@@ -68,7 +68,7 @@ def test_a_gap_that_is_too_long_is_not_filled(tmp_path):
 def test_two_series_in_one_do_not_make_a_thousand_slices():
     heights = np.cumsum(np.tile([.1, .9], 150))  # a tenth of a millimetre apart
     dz, at = even_grid(heights)
-    assert .45 < dz < .55 and at[-1] < 310 and np.abs(np.diff(at)*dz - np.diff(heights)).max() < .05
+    assert .45 < dz < .55 and at[-1] < 310 and np.abs(at*dz - heights + heights[0]).max() < .08  # written with one digit
 
 
 def test_slices_all_over_the_place_are_not_straightened(tmp_path):
