@@ -85,7 +85,7 @@ $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
 DEMO := build/demo
 demo-bundle: $(VENV)/test.stamp $(VENV)/code.stamp
 	$(BIN)/cspine phantom $(DEMO)/masks --train 120 --test 32 --size 256 --seed $(DEMO_SEED)
-	$(BIN)/cspine phantom $(DEMO)/fractures --train 160 --test 0 --size 256 --seed 2000 --rate 2.5
+	$(BIN)/cspine phantom $(DEMO)/fractures --train 120 --test 0 --size 256 --seed 2000 --rate 2.5
 	$(BIN)/cspine train segmentation --data $(DEMO)/masks --preset tiny --fold 0 --resume --out $(DEMO)/segmentation
 	$(BIN)/cspine train classification --data $(DEMO)/fractures --preset tiny --fold 0 --resume --out $(DEMO)/classification \
 	    --segmentation $(DEMO)/segmentation
