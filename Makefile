@@ -84,8 +84,8 @@ $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
 # Stage 1 learns on necks at the competition's prevalence, stage 2 on others that are broken more often (more to learn from).
 DEMO := build/demo
 demo-bundle: $(VENV)/test.stamp $(VENV)/code.stamp
-	$(BIN)/cspine phantom $(DEMO)/masks --train 120 --test 32 --size 256 --seed $(DEMO_SEED)
-	$(BIN)/cspine phantom $(DEMO)/fractures --train 120 --test 0 --size 256 --seed 2000 --rate 2.5
+	$(BIN)/cspine phantom $(DEMO)/masks --train 200 --test 32 --size 256 --seed $(DEMO_SEED)
+	$(BIN)/cspine phantom $(DEMO)/fractures --train 320 --test 0 --size 256 --seed 2000 --rate 2.5
 	$(BIN)/cspine train segmentation --data $(DEMO)/masks --preset tiny --fold 0 --resume --out $(DEMO)/segmentation
 	$(BIN)/cspine train classification --data $(DEMO)/fractures --preset tiny --fold 0 --resume --out $(DEMO)/classification \
 	    --segmentation $(DEMO)/segmentation

@@ -64,11 +64,12 @@ def phantom(
     size: Annotated[int, Option(min=32, metavar='N', help='Rows and columns of a slice.')] = 256,
     seed: Annotated[int, Option(min=0, metavar='N', help='The same seed gives the same bytes.')] = 1,
     rate: Annotated[float, Option(metavar='R', help="Fractures in the train studies, as a multiple of the competition's prevalence.")] = 1.,
-    odd: Annotated[float, Option(metavar='SHARE', help='Studies in folders that are odd: missing slices, scouts, a tilted gantry, ...')] = .15,
+    realistic: Annotated[bool, Option('--realistic', help='Harder necks, kinds of fracture, decoys, odd folders; the demo bundle has not learned them.')] = False,
 ) -> Path:
     "Make synthetic studies in the competition's layout."
-    from cspine.phantom import phantom
-    out = phantom(out, train=train, test=test, size=size, seed=seed, rate=rate, odd=odd)
+    if realistic: from cspine.realistic import phantom
+    else: from cspine.phantom import phantom
+    out = phantom(out, train=train, test=test, size=size, seed=seed, rate=rate)
     print(f'{out}: {train} studies to train on, {test} to predict')
     return out
 

@@ -185,11 +185,11 @@ PRESETS = dict(
     tiny=Preset('tiny',
         SegmentationPreset(model='unet3d', encoder=None, pretrained=False, in_channels=3, classes=9,
             input='windows', size=None, spacing=2., patch=80, widths=(16,32,64,112),
-            low_widths=(16,32,64,112), low_epochs=2, low_steps=700, loss='ce_dice',
-            augment='neck3d', epochs=2, steps=180, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
+            low_widths=(16,32,64,112), low_epochs=4, low_steps=700, loss='ce_dice',
+            augment='neck3d', epochs=3, steps=180, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
             size=128, margin_mm=4., window=(1800,400), isolate=True, group=3, slice_loss=1., classes=7, hidden=128, layers=2, patient='head',
-            mask_loss=0., dropout=0.2, augment='light', epochs=6, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99)),
+            mask_loss=0., dropout=0.2, augment='light', epochs=8, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99)),
 )
 
 def get_preset(
