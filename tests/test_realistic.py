@@ -385,3 +385,11 @@ def test_foreign_folder_is_left_alone(data, tmp_path):
         phantom(tmp_path, train=1, test=0, size=64, seed=1)
     with pytest.raises(CspineError, match='already holds phantoms'):
         phantom(data, train=1, test=0, size=64, seed=1)
+
+
+def test_the_command_line_makes_them(tmp_path):
+    from cspine import cli
+    out = cli.phantom(tmp_path / 'd', train=1, test=0, size=64, seed=3, realistic=True)
+    assert {'kernel', 'oddity', 'syntax'} <= set(pd.read_csv(out / 'studies.csv').columns)
+    plain = cli.phantom(tmp_path / 'e', train=1, test=0, size=64, seed=3)
+    assert not (plain / 'studies.csv').exists()
