@@ -8,8 +8,8 @@ import pytest
 from pydicom import dcmread
 from scenes import COLUMNS, EVEN, KINDS, ROWS, acquire, judge
 
-from cspine.acquired import even_grid
-from cspine.dicom import Volume, read_series, write_series
+from cspine.acquired import even_grid, lay_out
+from cspine.dicom import DicomError, Volume, read_series, write_series
 from cspine.rsna import read_mask, write_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'scripts'))
@@ -148,3 +148,18 @@ def test_a_volume_that_was_made_otherwise_still_takes_masks(tmp_path):
     labels[1, 2, 3] = 2
     assert (read_mask(write_mask(labels, np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]], tmp_path / 'm.nii'),
                       Volume(np.zeros((4, 5, 6), 'i2'), np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]])) == labels).all()
+
+
+def test_moving_a_slice_makes_no_new_extremes():
+    positions = np.outer(np.arange(9), [0, .1, 1.2])
+    a, _, _ = lay_out([f'{k}.dcm' for k in range(9)], positions, (1, 0, 0, 0, 1, 0), (.5, .5), (20, 20))
+    frame = np.zeros((20, 20), 'i2')
+    frame[8:12, 8:12] = 3000  # metal
+    moved = [a.place(frame, k) for k in range(9) if (a.shift[k] % 1).any()]
+    assert moved and all(set(np.unique(m[m < 0])) <= {-1024} and m.max() <= 3000 for m in moved)
+
+
+def test_a_volume_that_would_be_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr('cspine.dicom._VOXELS', 1000)
+    with pytest.raises(DicomError, match='12 x 5 x 20 voxels, more than 1,000; give a folder with fewer slices'):
+        read_series(write_series(np.zeros((12, 5, 20), 'i2'), np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]], tmp_path))
