@@ -5,17 +5,15 @@ __all__ = ['Study', 'make_study', 'phantom']
 
 # %% ../nbs/04_realistic.ipynb #c770b575
 from dataclasses import dataclass, field
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
-import json, multiprocessing, os
 import numpy as np, pandas as pd
 from scipy.ndimage import correlate1d, find_objects, gaussian_filter, gaussian_filter1d, label as ndlabel, maximum_filter
-from .presets import CspineError, LEVELS, TARGETS, progress
+from .presets import CspineError, LEVELS
 from .ctfile import LOSSY, SYNTAXES
 from .dicom import Volume, write_series
 from .oddities import ODDITIES, acquire, write_odd
-from .rsna import write_mask, write_whole
+from .rsna import write_mask
+from .dataset import BOX_COLUMNS as _COLUMNS, rows_of, write_data_set
 from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _rot, _spine
 from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fracture
 from .neck import _metal, _others, _soft
@@ -24,7 +22,6 @@ from .neck import _metal, _others, _soft
 _F = np.float32
 # name: share, blur's standard deviation (mm), overshoot, noise (HU, for a voxel of 0.45 x 0.45 x 0.8 mm)
 _KERNELS = dict(bone=(.6, (.28, .38), (.5, 1.1), (28, 70)), standard=(.3, (.38, .52), (0., .4), (20, 50)), soft=(.1, (.55, .75), (0., 0.), (10, 28)))
-_COLUMNS = 'StudyInstanceUID x y width height slice_number'.split()
 _TRUTH = 'StudyInstanceUID level kind gap_mm displacement_mm x0 y0 z0 x1 y1 z1 width_mm depth_mm height_mm'.split()
 
 def _scan(rng, spine, scale, has, given):
@@ -293,13 +290,11 @@ def _draw_files(seed, i, size, odd):
     if oddity and ODDITIES[oddity].raw: syntax = 'explicit'
     return size, syntax, oddity
 
-def _write_study(job, out, size, seed, rate, odd):
-    "Make and write one study; its rows come back, and are kept on disk so that a killed run goes on"
-    split, i = job; uid = f'1.2.826.0.1.3680043.22.{seed}.{i}'; part = out/'.parts'/f'{uid}.json'
-    if part.exists(): return json.loads(part.read_text())
+def _write_study(i, uid, folder, mask, size, seed, rate, odd):
+    "Make and write one study; its rows of the tables come back"
     size, syntax, oddity = _draw_files(seed, i, size, odd)
-    study = make_study((seed, i), size, uid=uid, rate=rate if split == 'train' else 1.)
-    folder, more = out/f'{split}_images'/uid, dict(SliceThickness=study.facts['thickness_mm'])
+    study = make_study((seed, i), size, uid=uid, rate=rate)
+    more = dict(SliceThickness=study.facts['thickness_mm'])
     if oddity:
         write_odd(study.volume.hu, study.volume.affine, folder, oddity, uid=uid, syntax=syntax, seed=(seed, i, 2), series=more)
         labels, affine, _ = acquire(study.labels, study.volume.affine, oddity, order=0)
@@ -307,12 +302,10 @@ def _write_study(job, out, size, seed, rate, odd):
     else:
         write_series(study.volume.hu, study.volume.affine, folder, uid=uid, syntax=syntax, series=more)
         labels, affine = study.labels, study.volume.affine
-    write_mask(labels, affine, out/('segmentations' if split == 'train' else 'test_segmentations')/f'{uid}.nii')
-    table = lambda t: json.loads(t.to_json(orient='values'))
-    rows = dict(split=split, uid=uid, truth=[int(study.fractured.any()), *map(int, study.fractured)], boxes=table(study.boxes),
-                fractures=table(study.fractures), decoys=table(study.decoys), facts=study.facts | dict(syntax=syntax, lossy=int(syntax in LOSSY), oddity=oddity))
-    part.with_suffix('.tmp').write_text(json.dumps(rows)); os.replace(part.with_suffix('.tmp'), part)
-    return rows
+    write_mask(labels, affine, mask)
+    facts = study.facts | dict(syntax=syntax, lossy=int(syntax in LOSSY), oddity=oddity)
+    return dict(truth=[int(study.fractured.any()), *map(int, study.fractured)], boxes=rows_of(study.boxes),
+                fractures=rows_of(study.fractures), decoys=rows_of(study.decoys), studies=[facts])
 
 def phantom(out, # folder to make
             train:int=16, # studies with labels, boxes and masks
@@ -324,41 +317,6 @@ def phantom(out, # folder to make
             workers:int=None, # processes; all cores when None
            )->Path: # the folder
     "Write synthetic studies in the competition's layout; go on where an earlier run was stopped"
-    out, asked = Path(out), dict(train=train, test=test, size=size, seed=seed, rate=rate, odd=odd); facts = out/'phantom.json'
-    if train < 0 or test < 0 or train + test == 0: raise CspineError(f'Nothing to make: train={train}, test={test}; ask for at least one study.')
-    if not 32 <= size <= 1024: raise CspineError(f'size={size} is outside 32 to 1024 pixels.')
-    if not 0 < rate <= 5: raise CspineError(f'rate={rate} is outside 0 to 5 times the competition\'s prevalence.')
     if not 0 <= odd <= 1: raise CspineError(f'odd={odd} is a share of the studies, 0 to 1.')
-    if seed < 0: raise CspineError(f'seed={seed}: a seed is 0 or more.')
-    if facts.exists():
-        try: had = json.loads(facts.read_text()); had['asked'], had['complete']
-        except (OSError, ValueError, KeyError, TypeError): raise CspineError(f'{facts} is damaged, or not of `cspine phantom`; delete {out}, or choose another folder.') from None
-        if had['asked'] != asked:
-            raise CspineError(f"{out} already holds phantoms made with {had['asked']}, not {asked}; choose another folder or delete it.")
-        if had['complete']: print(f'reusing the {train} + {test} phantoms in {out}'); return out
-    elif out.exists() and any(out.iterdir()): raise CspineError(f'{out} exists and holds something else; choose an empty folder.')
-    for d in ('.parts', 'train_images', 'test_images', 'segmentations', 'test_segmentations'): (out/d).mkdir(parents=True, exist_ok=True)
-    write_whole(facts, json.dumps(dict(asked=asked, complete=False)))
-    jobs = [('train', i) for i in range(train)] + [('test', train + i) for i in range(test)]
-    work = partial(_write_study, out=out, size=size, seed=seed, rate=rate, odd=odd); workers = min(workers or os.cpu_count() or 1, len(jobs))
-    if workers == 1: done = list(progress(map(work, jobs), 'phantoms', len(jobs)))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
-            done = list(progress(pool.map(work, jobs), 'phantoms', len(jobs)))
-    _write_tables(out, done)
-    for f in (out/'.parts').iterdir(): f.unlink()
-    (out/'.parts').rmdir(); write_whole(facts, json.dumps(dict(asked=asked, complete=True)))
-    return out
-
-def _write_tables(out, done):
-    "The competition's CSV files from the studies' rows"
-    columns = ['StudyInstanceUID', 'patient_overall', *LEVELS]
-    for split, name in (('train', 'train.csv'), ('test', 'test_truth.csv')):
-        pd.DataFrame([[d['uid'], *d['truth']] for d in done if d['split'] == split], columns=columns).to_csv(out/name, index=False)
-    rows = [(f'{d["uid"]}_{t}', d['uid'], t) for d in done if d['split'] == 'test' for t in TARGETS]
-    test = pd.DataFrame(rows, columns=['row_id', 'StudyInstanceUID', 'prediction_type']); test.to_csv(out/'test.csv', index=False)
-    test[['row_id']].assign(fractured=.5).to_csv(out/'sample_submission.csv', index=False)
-    pd.DataFrame([b for d in done if d['split'] == 'train' for b in d['boxes']],
-                 columns=_COLUMNS).to_csv(out/'train_bounding_boxes.csv', index=False)
-    for name in ('fractures', 'decoys'): pd.DataFrame([b for d in done for b in d[name]], columns=_TRUTH).to_csv(out/f'{name}.csv', index=False)
-    pd.DataFrame([d['facts'] for d in done]).to_csv(out/'studies.csv', index=False)
+    asked = dict(train=train, test=test, size=size, seed=seed, rate=rate, odd=odd)
+    return write_data_set(out, asked, _write_study, dict(fractures=_TRUTH, decoys=_TRUTH, studies=None), workers)

@@ -6,7 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cspine.phantom import draw_fractured, make_study, phantom
+from cspine import phantom as simple
+from cspine import realistic
+from cspine.fractures import draw_fractured
+from cspine.phantom import make_study
 from cspine.presets import LEVELS, CspineError
 from cspine.rsna import PREVALENCE, read_boxes, read_test, read_train
 
@@ -16,33 +19,38 @@ def digest(folder):
             for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
 
+@pytest.fixture(scope='module', params=[simple, realistic], ids=['simple', 'realistic'])
+def maker(request):
+    """The module of each generator: what is said of a data set holds for both."""
+    return request.param
+
+
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return phantom(tmp_path_factory.mktemp('phantom') / 'a', train=2, test=1, size=64, seed=21)
+def data(tmp_path_factory, maker):
+    return maker.phantom(tmp_path_factory.mktemp('phantom') / 'a', train=2, test=1, size=64, seed=21)
 
 
-def test_same_seed_same_bytes(data, tmp_path):
-    again = phantom(tmp_path / 'b', train=2, test=1, size=64, seed=21, workers=1)
+def test_same_seed_same_bytes(maker, data, tmp_path):
+    again = maker.phantom(tmp_path / 'b', train=2, test=1, size=64, seed=21, workers=1)
     assert digest(data) == digest(again)
-    other = phantom(tmp_path / 'c', train=2, test=1, size=64, seed=22, workers=1)
+    other = maker.phantom(tmp_path / 'c', train=2, test=1, size=64, seed=22, workers=1)
     assert digest(other)['train.csv'] != digest(data)['train.csv']
 
 
-def test_stopped_run_goes_on(data, tmp_path, monkeypatch):
-    import cspine.phantom as module
-    out, write, calls = tmp_path / 'd', module._write_study, []
+def test_stopped_run_goes_on(maker, data, tmp_path, monkeypatch):
+    out, write, calls = tmp_path / 'd', maker._write_study, []
 
-    def failing(job, **kw):
-        calls.append(job)
+    def failing(i, *args, **kw):
+        calls.append(i)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return write(job, **kw)
+        return write(i, *args, **kw)
 
-    monkeypatch.setattr(module, '_write_study', failing)
+    monkeypatch.setattr(maker, '_write_study', failing)
     with pytest.raises(KeyboardInterrupt):
-        phantom(out, train=2, test=1, size=64, seed=21, workers=1)
-    monkeypatch.setattr(module, '_write_study', write)
-    assert digest(phantom(out, train=2, test=1, size=64, seed=21, workers=1)) == digest(data)
+        maker.phantom(out, train=2, test=1, size=64, seed=21, workers=1)
+    monkeypatch.setattr(maker, '_write_study', write)
+    assert digest(maker.phantom(out, train=2, test=1, size=64, seed=21, workers=1)) == digest(data)
 
 
 def test_tables(data):
@@ -68,8 +76,8 @@ def test_fracture_truth_is_where_the_bone_is_broken():
     assert not whole.fractured.any() and not len(whole.boxes) and not len(whole.fractures)
 
 
-def test_geometry_is_axial_head_first():
-    study = make_study((5, 2), 96)
+def test_geometry_is_axial_head_first(maker):
+    study = maker.make_study((5, 2), 96)
     a = study.volume.affine
     assert a[2, 0] < 0 < min(a[1, 1], a[0, 2]) and np.count_nonzero(a[:3, :3]) == 3
     centre = [np.argwhere(study.labels == k).mean(0) for k in range(1, 9)]
@@ -87,21 +95,21 @@ def test_prevalence():
 
 
 @pytest.mark.parametrize('wrong', [dict(train=0, test=0), dict(size=8), dict(seed=-1), dict(train=-1)])
-def test_bad_requests_are_refused(wrong, tmp_path):
+def test_bad_requests_are_refused(maker, wrong, tmp_path):
     with pytest.raises(CspineError):
-        phantom(tmp_path / 'x', **{**dict(train=1, test=0, size=64, seed=1), **wrong})
+        maker.phantom(tmp_path / 'x', **{**dict(train=1, test=0, size=64, seed=1), **wrong})
     assert not (tmp_path / 'x').exists()
 
 
-def test_a_damaged_note_of_an_earlier_run(tmp_path):
+def test_a_damaged_note_of_an_earlier_run(maker, tmp_path):
     for text in ('{"asked": {', '[1]', '{}'):
         (tmp_path/'phantom.json').write_text(text)
-        with pytest.raises(CspineError, match='is damaged'): phantom(tmp_path, train=1, test=0, size=32)
+        with pytest.raises(CspineError, match='is damaged'): maker.phantom(tmp_path, train=1, test=0, size=32)
 
 
-def test_foreign_folder_is_left_alone(data, tmp_path):
+def test_foreign_folder_is_left_alone(maker, data, tmp_path):
     (tmp_path / 'mine.txt').write_text('mine')
     with pytest.raises(CspineError, match='something else'):
-        phantom(tmp_path, train=1, test=0, size=64, seed=1)
+        maker.phantom(tmp_path, train=1, test=0, size=64, seed=1)
     with pytest.raises(CspineError, match='already holds phantoms'):
-        phantom(data, train=1, test=0, size=64, seed=1)
+        maker.phantom(data, train=1, test=0, size=64, seed=1)
