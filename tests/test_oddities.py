@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scenes import judge
+from scipy.ndimage import map_coordinates
 from test_dicom import block
 
 from cspine.dicom import DicomError, read_series
@@ -43,6 +44,9 @@ def test_what_is_odd_is_read_and_said(tmp_path, neck, name, syntax):
         assert n >= 22 and np.abs(volume.hu.astype(int) - hu[:n]).mean() < 25 and (volume.hu == hu[:n]).all((1, 2)).sum() >= 16
     if how == 'resampled':
         assert volume.shape != hu.shape
+        z, y, x = (a.ravel() for a in np.mgrid[6:18, 10:32, 8:28])  # the same places in the patient
+        there = np.linalg.inv(volume.affine) @ affine @ np.stack([z, y, x, np.ones_like(z)])
+        assert np.abs(map_coordinates(volume.hu.astype(float), there[:3], order=1) - hu[z, y, x]).mean() < 25
         if syntax in ('explicit', 'rle'):  # the judge reads with pydicom alone, which decodes no others
             assert np.median(judge(tmp_path / 's', volume)) < 6
 
