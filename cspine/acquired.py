@@ -161,8 +161,8 @@ def lay_out(
     n = np.cross(row, column)
     keep = slice(0, len(P))
     gaps = np.diff(P @ n)
-    if even and len(P) > 2 and gaps.max() > max(_BRIDGE, 3*_shared(gaps)):
-        keep = _longest(gaps > max(_BRIDGE, 3*_shared(gaps)), names, gaps, notes)
+    if even and len(P) > 2 and (cuts := gaps > max(_BRIDGE, 3*_shared(gaps))).any():
+        keep = _longest(cuts, names, gaps, notes)
         P, names = P[keep], names[keep]
     h, gaps = P @ n, np.diff(P @ n)
     run = P[-1] - P[0] if len(P) > 1 else n
@@ -175,8 +175,8 @@ def lay_out(
     count = int(np.ceil(at[-1])) + 1
     # where the slices' corners lie in the plane, in pixels, from the middle one
     middle = P[np.abs(at - np.median(at)).argmin()]
-    offset = (P - middle) @ np.stack([column/pixel[0], row/pixel[1]], 1)
-    line = (P - (P[0] + np.outer(h - h[0], along))) @ np.stack([column/pixel[0], row/pixel[1]], 1)
+    pixels = np.stack([column/pixel[0], row/pixel[1]], 1)
+    offset, line = (P - middle) @ pixels, (P - P[0] - np.outer(h - h[0], along)) @ pixels
     tilt, bent = np.degrees(np.arctan(np.linalg.norm(along - n))), np.abs(line).max()
     low = np.floor(offset.min(0) + _PART).astype(int)
     plane = np.array(size) + np.ceil(offset.max(0) - _PART).astype(int) - low
