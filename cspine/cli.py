@@ -64,12 +64,12 @@ def phantom(
     size: Annotated[int, Option(min=32, metavar='N', help='Rows and columns of a slice.')] = 256,
     seed: Annotated[int, Option(min=0, metavar='N', help='The same seed gives the same bytes.')] = 1,
     rate: Annotated[float, Option(metavar='R', help="Fractures in the train studies, as a multiple of the competition's prevalence.")] = 1.,
-    realistic: Annotated[bool, Option('--realistic', help='Harder necks, kinds of fracture, decoys, odd folders; the demo bundle has not learned them.')] = False,
+    odd: Annotated[float, Option(min=0, max=1, metavar='SHARE', help='Studies whose folder is odd in some way: tilted, gaps, several series, ...')] = .15,
+    simple: Annotated[bool, Option('--simple', help='Easier necks in plain folders, the only ones that the demo bundle has learned.')] = False,
 ) -> Path:
     "Make synthetic studies in the competition's layout."
-    if realistic: from cspine.realistic import phantom
-    else: from cspine.phantom import phantom
-    out = phantom(out, train=train, test=test, size=size, seed=seed, rate=rate)
+    from cspine.phantom import phantom
+    out = phantom(out, train=train, test=test, size=size, seed=seed, rate=rate, odd=odd, simple=simple)
     print(f'{out}: {train} studies to train on, {test} to predict')
     return out
 

@@ -42,9 +42,18 @@ def encode_frame(
     if syntax in ('jpegls', 'jpegls_near'): return imagecodecs.jpegls_encode(a, level=0 if syntax == 'jpegls' else 2)
     if syntax == 'jpeg2000': return imagecodecs.jpeg2k_encode(stored, level=0, codecformat='j2k', reversible=True)
     if syntax == 'jpeg2000_lossy': return imagecodecs.jpeg2k_encode(stored, level=95, codecformat='j2k', reversible=False)
+    if syntax == 'rle': return _encode_rle(a)
     if syntax in ('htj2k', 'htj2k_rpcl'): return imagecodecs.htj2k_encode(stored, reversible=True) # in RPCL order
     if syntax == 'htj2k_lossy': return imagecodecs.htj2k_encode(stored, reversible=False, level=1e-4)
     raise ValueError(f'{syntax} does not compress')
+
+def _encode_rle(a):
+    "DICOM's run lengths (PS3.5, annex G): a plane of bytes after the other, the highest first, each row by itself."
+    planes = [a.astype('u1')] if a.dtype.itemsize == 1 else [(a >> 8).astype('u1'), a.astype('u1')]
+    parts = [imagecodecs.packbits_encode(p, axis=-1) for p in planes]
+    parts = [p + bytes(len(p) % 2) for p in parts]
+    starts = 64 + np.cumsum([0] + [len(p) for p in parts[:-1]])
+    return struct.pack('<16I', len(parts), *starts, *[0]*(15 - len(parts))) + b''.join(parts)
 
 # %% ../nbs/01_ctfile.ipynb #29327ff8
 _TAGS = {0x00080008: 'ImageType', 0x00080016: 'SOPClassUID', 0x00080060: 'Modality', 0x0008103E: 'SeriesDescription',

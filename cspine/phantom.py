@@ -4,214 +4,52 @@
 __all__ = ['Study', 'make_study', 'phantom']
 
 # %% ../nbs/04_phantom.ipynb #c770b575
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
-from scipy.ndimage import gaussian_filter1d, uniform_filter1d
+from scipy.ndimage import correlate1d, find_objects, gaussian_filter, gaussian_filter1d, label as ndlabel, maximum_filter
 from .presets import CspineError, LEVELS
+from .ctfile import LOSSY, SYNTAXES
 from .dicom import Volume, write_series
+from .oddities import ODDITIES, acquire, write_odd
 from .rsna import write_mask
-from .anatomy import _Shape, _box, _rot
-from .dataset import rows_of, write_data_set
-from .fractures import draw_fractured
+from .dataset import BOX_COLUMNS as _COLUMNS, rows_of, write_data_set
+from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _rot, _spine
+from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fracture
+from .neck import _metal, _others, _soft
+from .simple_phantom import SIMPLE_COLUMNS, write_simple_study
 
 # %% ../nbs/04_phantom.ipynb #d45319e4
 _F = np.float32
+# name: share, blur's standard deviation (mm), overshoot, noise (HU, for a voxel of 0.45 x 0.45 x 0.8 mm)
+_KERNELS = dict(bone=(.6, (.28, .38), (.5, 1.1), (28, 70)), standard=(.3, (.38, .52), (0., .4), (20, 50)), soft=(.1, (.55, .75), (0., 0.), (10, 28)))
+_TRUTH = 'StudyInstanceUID level kind gap_mm displacement_mm x0 y0 z0 x1 y1 z1 width_mm depth_mm height_mm'.split()
 
-def _capsule(p, q, r, r2=None, cut=False):
-    "A rod from p to q whose radius goes from r to r2"
-    p, q, r2 = np.asarray(p, float), np.asarray(q, float), r if r2 is None else r2
-    d = q - p; n = max(d @ d, 1e-6)
-    def sdf(u, v, w):
-        a, b, c = u - p[0], v - p[1], w - p[2]
-        h = np.clip((a*d[0] + b*d[1] + c*d[2])/n, 0, 1)
-        return np.sqrt((a - h*d[0])**2 + (b - h*d[1])**2 + (c - h*d[2])**2) - (r + (r2 - r)*h)
-    return _Shape(sdf, *_box([p, q], max(r, r2) + 2), cut)
+def _scan(rng, spine, scale, has, given):
+    "What the technician chose: everything about the acquisition but the matrix; `given` instead of what was drawn"
+    fov = rng.uniform(130, 220) if rng.random() < .85 else rng.uniform(220, 300)
+    dz = rng.choice([.5, .6, .625, .7, .75, .8, .9, 1., 1.25], p=[.04, .1, .16, .1, .15, .15, .1, .15, .05])
+    thick = dz*rng.choice([1., 1.25, 1.6], p=[.6, .25, .15])
+    top = spine['C1'].c[2] + rng.uniform(18, 55); bottom = spine['T1'].c[2] - rng.uniform(-4, 45)
+    above = spine[('C2', 'C3', 'C4')[rng.integers(3)]].c[2] + rng.uniform(-5, 5); below = spine[('C6', 'C7')[rng.integers(2)]].c[2] + rng.uniform(-8, 8)
+    first = rng.random() < .5
+    if has['cut_short']: top, bottom = (above, bottom) if first else (top, below)
+    mid = (spine['C4'].c + spine['C7'].c)/2; room = max(fov/2 - 62*scale, 2)     # keep the processes in the field
+    centre = mid[0] + np.clip(rng.normal(0, 6), -room, room), mid[1] + rng.uniform(-.18, .06)*fov
+    kernel = str(rng.choice(list(_KERNELS), p=[k[0] for k in _KERNELS.values()])); _, blur, over, noise = _KERNELS[kernel]
+    out = dict(fov=fov, dz=dz, thickness=thick, top=top, bottom=bottom, centre=centre, kernel=kernel,
+               blur=rng.uniform(*blur), overshoot=rng.uniform(*over), noise=rng.uniform(*noise)*(1.5 if has['large'] else 1))
+    if odd := set(given or {}) - set(out): raise CspineError(f'scan names {", ".join(map(str, sorted(odd)))}; it may hold {", ".join(out)}.')
+    return out | (given or {})
 
-def _plate(p, q, thick, height, height2=None):
-    "An upright plate from p to q: half thickness across, half height along w, rounded edges"
-    p, q, height2 = np.asarray(p, float), np.asarray(q, float), height if height2 is None else height2
-    d = (q - p)[:2]; n = max(d @ d, 1e-6)
-    def sdf(u, v, w):
-        a, b = u - p[0], v - p[1]
-        h = np.clip((a*d[0] + b*d[1])/n, 0, 1)
-        s = np.sqrt((a - h*d[0])**2 + (b - h*d[1])**2) - thick*.5
-        t = np.abs(w - p[2] - h*(q[2] - p[2])) - (height + (height2 - height)*h) + thick*.5
-        return np.sqrt(np.maximum(s, 0)**2 + np.maximum(t, 0)**2) + np.minimum(np.maximum(s, t), 0) - thick*.5
-    lo, hi = _box([p, q], thick + 2); m = max(height, height2)
-    return _Shape(sdf, lo - [0, 0, m], hi + [0, 0, m])
-
-def _ellipsoid(c, r, cut=False):
-    c, r = np.asarray(c, float), np.asarray(r, float)
-    def sdf(u, v, w):
-        a, b, e = (u - c[0])/r[0], (v - c[1])/r[1], (w - c[2])/r[2]
-        k = np.sqrt(a*a + b*b + e*e)
-        return k*(k - 1)/np.sqrt((a/r[0])**2 + (b/r[1])**2 + (e/r[2])**2 + 1e-9)
-    return _Shape(sdf, c - r - 2, c + r + 2, cut)
-
-def _pillar(c, half, slope):
-    "An articular pillar: a box sheared so that its facets fall backwards with `slope`"
-    c, half = np.asarray(c, float), np.asarray(half, float); k = 1/np.sqrt(1 + slope**2); rnd = 1.5
-    def sdf(u, v, w):
-        a, b = np.abs(u - c[0]) - half[0] + rnd, np.abs(v - c[1]) - half[1] + rnd
-        e = (np.abs(w - c[2] + slope*(v - c[1])) - half[2])*k + rnd
-        return (np.sqrt(np.maximum(a, 0)**2 + np.maximum(b, 0)**2 + np.maximum(e, 0)**2)
-                + np.minimum(np.maximum(np.maximum(a, b), e), 0) - rnd)
-    tall = half[2] + slope*half[1]
-    return _Shape(sdf, c - [half[0], half[1], tall] - 2, c + [half[0], half[1], tall] + 2)
-
-def _body(a, b, h, lip=0., beak=0., waist=.08, power=2.6, loss=0.):
-    "A vertebral body: superelliptic, waisted, concave endplates, uncinate lips, anterior beak, anterior height loss"
-    def sdf(u, v, w):
-        wn = np.clip(w/h, -1.2, 1.2); s = 1 - waist*(1 - wn*wn)
-        x, y = np.abs(u)/(a*s), np.abs(v)/(b*s)
-        f = (x**power + y**power)**(1/power)
-        front = np.clip(-v/b, -1, 1)
-        top = h*(1 - loss*np.clip(.5 + front*.6, 0, 1)) + lip*np.clip((x - .55)/.4, 0, 1) - .8*np.clip(1 - f, 0, 1)
-        bottom = h + beak*np.clip(front, 0, 1)**2 - .8*np.clip(1 - f, 0, 1)
-        r, t = (f - 1)*min(a, b)*s, np.maximum(w - top, -w - bottom)
-        return np.sqrt(np.maximum(r + 1, 0)**2 + np.maximum(t + 1, 0)**2) + np.minimum(np.maximum(r, t) + 1, 0) - 1
-    m = np.array([a, b, h + max(lip, beak)]) + 2
-    return _Shape(sdf, -m, m)
-
-def _chain(points, r, r2=None): return [_capsule(p, q, r, r2) for p, q in zip(points[:-1], points[1:])]
-
-# %% ../nbs/04_phantom.ipynb #dd07c3aa
-_MORPHOMETRY = pd.DataFrame(
-    [('C2',  9.2, 7.8, 9.5, 12.2, 9.0, 12, 25, 5.2), ('C3', 8.6, 7.7, 6.3, 11.6, 8.1, 11, 25, 5.4),
-     ('C4',  8.9, 7.8, 6.2, 12.3, 8.6, 11, 25, 5.4), ('C5', 9.2, 7.8, 6.1, 12.5, 8.6, 13, 26, 5.4),
-     ('C6',  9.9, 8.2, 6.1, 12.8, 8.8, 19, 28, 5.6), ('C7', 11.1, 8.6, 6.8, 12.3, 7.8, 28, 34, 5.0),
-     ('T1', 12.2, 9.1, 7.6, 10.8, 8.0, 28, 37, 4.6), ('T2', 12.0, 9.8, 8.0, 9.5, 7.8, 27, 35, 4.4),
-     ('T3', 11.8, 10.8, 8.2, 9.1, 7.9, 26, 33, 4.4)],
-    columns='level a b h cw cd sp tp disc'.split()).set_index('level')
-
-# %% ../nbs/04_phantom.ipynb #5c3a634c
-def _typical(name, m, rng):
-    "C3-C7 and T1-T3: shapes and named places where such a vertebra breaks"
-    a, b, h, cw, cd, sp, tp = (m[k] for k in 'a b h cw cd sp tp'.split())
-    thoracic = name[0] == 'T'; pitch = 2*h + m['disc']; back = b + 2*cd; c7 = name == 'C7'
-    slope = (.9 if not thoracic else 2.2)*rng.uniform(.8, 1.2); drop = (14 if thoracic else 7 if c7 else 5)*rng.uniform(.7, 1.4)
-    t = rng.uniform(.85, 1.2)                                                   # thickness of the arch
-    shapes = [_body(a, b, h, lip=0 if thoracic else rng.uniform(1.5, 3.5), beak=0 if thoracic else rng.uniform(0, 2),
-                    waist=rng.uniform(.04, .12), power=rng.uniform(2.2, 3), loss=m.get('loss', 0.))]
-    places = {'body': ([0, 0, 0], None, 1.4*a)}
-    tip = [0, back + 2 + sp, -1 - drop]
-    for s in (-1, 1):
-        ped = [s*(a - 2), b - 3, 1], [s*(cw + 2.5), b + cd*.55, 1]
-        pil = [s*(cw + 4.5), b + cd*.8, 0]
-        lam = [s*(cw + 3), b + cd*1.15, -1], [0, back + 2, -2]
-        shapes += [_capsule(*ped, 3*t), _pillar(pil, [5*t, 4.3*t, pitch/2 - rng.uniform(.6, 1.1)], slope), _plate(*lam, 2.1*t, 5.2)]
-        if thoracic:
-            bar = [s*(cw + 4), b + cd, 1], [s*tp, b + cd + 9, 3]
-            shapes.append(_capsule(*bar, 4.5, 4))
-        else:
-            post, end = [s*(cw + 3), b + 2, 0], [s*(tp - 1.5), 4, -3]; bar = post, end
-            shapes += [_capsule([s*(a - 1), -2, -1], [s*(tp - 3), -1, -2], 1.9*t), _capsule(post, end, 2.3*t, 2.6*t),
-                       _capsule([s*(tp - 3), -1, -2], end, 2.3*t),
-                       _capsule([s*(a + 4.6), 2.2, -h - 6], [s*(a + 4.6), 2.2, h + 6], 1.4 if c7 else 2.7, cut=True)]
-        for k, seg in (('pedicle', ped), ('lamina', lam), ('transverse process', bar)):
-            p, q = np.array(seg, float); places[f'{k} {"RL"[s > 0]}'] = (p + (q - p)*.5, q - p, 8)
-        places[f'facet {"RL"[s > 0]}'] = (pil, [0, .5, 1], 9)
-    shapes.append(_plate([0, back + 1, -2], tip, 2.3*t, 5, 3.5 if not c7 else 5))
-    if name in ('C3', 'C4', 'C5', 'C6'):
-        shapes += [_capsule(tip, [s*4.5, tip[1] + 3, tip[2] - 2], 2.5) for s in (-1, 1)]
-    p, q = np.array([0, back + 2, -2.]), np.array(tip, float)
-    places['spinous process'] = (p + (q - p)*rng.uniform(.35, .75), q - p, 10)
-    canal = _capsule([0, b + cd, -h - 9], [0, b + cd, h + 9], 1, cut=True)
-    canal.sdf = lambda u, v, w: (np.sqrt((u/cw)**2 + ((v - b - cd)/cd)**2) - 1)*min(cw, cd)
-    canal.lo, canal.hi = np.array([-cw, b, -h - 9]), np.array([cw, back, h + 9])
-    return [canal] + shapes, places
-
-def _axis(m, rng):
-    "C2: the dens stands on a broad body; pars, laminae and a stout forked spinous process behind"
-    a, b, h, cw, cd, sp, tp = (m[k] for k in 'a b h cw cd sp tp'.split()); back = b + 2*cd; t = rng.uniform(.85, 1.2)
-    height, lean, girth = rng.uniform(14, 18), rng.uniform(-2, 1), rng.uniform(4.6, 5.6)
-    top = h - 2 + height
-    shapes = [_body(a, b, h, beak=rng.uniform(1, 3), waist=.1), _capsule([0, -1, h - 3], [0, -1 + lean, top - girth], girth, girth*.9),
-              _capsule([0, -1, h - 6], [0, -1, h - 2], girth + 2, girth)]
-    places = {'dens': ([0, -1, h + rng.uniform(-2, 3)], [0, .2, 1], 9), 'body': ([0, 0, -1], None, 14)}
-    tip = [0, back + 2 + sp, -6]
-    for s in (-1, 1):
-        pars, lam = ([s*9, 4, 1], [s*14.5, 13, -3]), ([s*(cw + 2), b + cd*1.1, -2], [0, back + 3, -3])
-        bar = [s*13, 4, -1], [s*(tp - 1), 5, -5]
-        shapes += [_ellipsoid([s*12.5, 1, h - 4.5], [8, 8.5, 4.8]), _capsule(*pars, 4.6*t), _pillar([s*16, 14, -6], [5, 4.5, 5.5], .8),
-                   _plate(*lam, 2.8*t, 6), _capsule(*bar, 3, 2.5), _capsule(tip, [s*5, tip[1] + 3, tip[2] - 2], 3),
-                   _capsule([s*18, 3, -12], [s*18, 3, 8], 2.6, cut=True)]
-        for k, seg in (('pars', pars), ('lamina', lam)):
-            p, q = np.array(seg, float); places[f'{k} {"RL"[s > 0]}'] = ((p + q)/2, q - p, 9)
-    shapes.append(_plate([0, back + 1, -3], tip, 3*t, 6, 4.5))
-    places['spinous process'] = ([0, back + sp*.6, -5], [0, 1, -.3], 10)
-    canal = _capsule([0, 0, 0], [0, 0, 0], 1, cut=True)
-    canal.sdf = lambda u, v, w: (np.sqrt((u/cw)**2 + ((v - b - cd)/cd)**2) - 1)*min(cw, cd)
-    canal.lo, canal.hi = np.array([-cw, b, -h - 9]), np.array([cw, back, h + 9])
-    return [canal] + shapes, places
-
-def _atlas(g, rng):
-    "C1: a ring around the dens (origin on the dens' axis), lateral masses, transverse processes"
-    t = rng.uniform(.85, 1.2); front = -(7.2 + 3)*g; hw, depth, mid = 21*g, 23*g*rng.uniform(.9, 1.1), 7*g
-    arc = [(-17*g, -3*g, 0), (-11*g, front + 2.5, 0), (0, front, 0), (11*g, front + 2.5, 0), (17*g, -3*g, 0)]
-    ring = [(hw*np.cos(x), mid + depth*np.sin(x), -1) for x in np.linspace(.05, np.pi - .05, 8)]
-    shapes = [_plate(p, q, 2.6*t, 5*g) for p, q in zip(arc[:-1], arc[1:])] + _chain(ring, 3*t)
-    shapes += [_capsule([0, front - 1, -1], [0, front - 1, 1], 3.6*t), _capsule([0, mid + depth, -1], [0, mid + depth + 3, -1], 3*t)]
-    places = {}
-    for s in (-1, 1):
-        shapes += [_ellipsoid([s*17.5*g, 2*g, 0], [7*g, 9.5*g, 8*g]), _capsule([s*20*g, 3*g, 0], [s*36*g, 2*g, -1], 4*t, 3.5),
-                   _capsule([s*28*g, 3*g, -12], [s*28*g, 3*g, 12], 3, cut=True), _ellipsoid([s*16*g, 3*g, 9.5*g], [5.5*g, 8*g, 3.2*g], cut=True)]
-        i = 2 if s > 0 else 5; p = np.array(ring[i]); places[f'posterior arch {"RL"[s > 0]}'] = (p, np.array(ring[i + 1]) - p, 8)
-        q = np.array([s*8*g, front + 1.5, 0]); places[f'anterior arch {"RL"[s > 0]}'] = (q, [1, .3*s, 0], 7.5)
-        places[f'lateral mass {"RL"[s > 0]}'] = ([s*17*g, 1, 0], [1, .4, 0], 10)
-    return shapes, places
-
-# %% ../nbs/04_phantom.ipynb #db177e99
-_KINDS = {'C1': {'posterior arch': 3, 'anterior arch': 3, 'lateral mass': 2},
-          'C2': {'dens': 4, 'pars': 3, 'body': 2, 'lamina': 1, 'spinous process': .5},
-          'other': {'body': 3, 'facet': 2, 'lamina': 2, 'transverse process': 2, 'pedicle': 1.2, 'spinous process': 1.2}}
-
-@dataclass
-class _Fracture:
-    "A rough plane in a vertebra's own frame (mm)"
-    kind: str
-    centre: np.ndarray
-    normal: np.ndarray
-    reach: float
-    gap: float
-    shift: np.ndarray
-    waves: np.ndarray                                                            # (3, 5): wave vector, phase, amplitude
-
-    def distance(self, u, v, w):
-        "Signed distance to the plane, and distance to the centre"
-        a, b, c = u - self.centre[0], v - self.centre[1], w - self.centre[2]
-        d = a*self.normal[0] + b*self.normal[1] + c*self.normal[2]
-        for kx, ky, kz, ph, amp in self.waves: d = d + amp*np.sin(a*kx + b*ky + c*kz + ph)
-        return d, np.sqrt(a*a + b*b + c*c)
-
-def _unit(x): x = np.asarray(x, float); return x/np.linalg.norm(x)
-
-def _break(level, places, rng):
-    "The fractures of one fractured vertebra: one to three planes; Jefferson's and hangman's come as pairs"
-    kinds = _KINDS.get(level, _KINDS['other']); names, p = list(kinds), np.array(list(kinds.values()))
-    out = []
-    for kind in rng.choice(names, min(len(names), rng.choice([1, 2, 3], p=[.6, .3, .1])), replace=False, p=p/p.sum()):
-        at = [k for k in places if k.startswith(kind)]
-        both = len(at) == 2 and (kind == 'pars' or rng.random() < (.5 if level == 'C1' else .1))
-        for k in at if both else [at[rng.integers(len(at))]]:
-            centre, normal, reach = places[k]
-            if normal is None: normal = [(1, .2, 0), (0, 1, .4), (0, .3, 1), (.3, 1, 1)][rng.integers(4)]
-            normal = _unit(_unit(normal) + rng.normal(0, .2, 3)); spread = (.1 if reach < 12 else .2)*reach
-            shift = (_unit(rng.normal(0, 1, 3))*rng.uniform(.2, 1.2) + normal*rng.uniform(0, .5))*(1 if rng.random() < .8 else 2)
-            waves = np.column_stack([rng.normal(0, .8, (3, 3)), rng.uniform(0, 6.3, 3), rng.uniform(.1, .5, 3)])
-            out.append(_Fracture(kind, np.asarray(centre, float) + rng.normal(0, spread, 3), normal, reach, rng.uniform(.6, 2.), shift, waves))
-    return out
-
-# %% ../nbs/04_phantom.ipynb #5077b47a
 class _Grid:
-    "Voxel centres of an axial series: X, Y, Z (mm) along columns, rows, slices (head to feet)"
-    def __init__(self, centre, fov, size, z_top, z_bottom, dz):
+    "Voxel centres of an axial series: x, y, z (mm) along columns, rows, slices (head to feet)"
+    def __init__(self, centre, fov, size, top, bottom, dz):
         self.px, self.dz = fov/size, dz
-        self.x = (centre[0] + (np.arange(size) - (size - 1)/2)*self.px).astype(_F)
-        self.y = (centre[1] + (np.arange(size) - (size - 1)/2)*self.px).astype(_F)
-        self.z = (z_top - np.arange(max(1, round((z_top - z_bottom)/dz)))*dz).astype(_F)
+        self.x, self.y = (centre[i] + (np.arange(size) - (size - 1)/2)*self.px for i in (0, 1))
+        self.z = top - np.arange(max(1, round((top - bottom)/dz)))*dz
         self.shape = len(self.z), size, size
+        self.bounds = np.array([self.x[0], self.y[0], self.z[-1]]) - 7, np.array([self.x[-1], self.y[-1], self.z[0]]) + 7
 
     @property
     def affine(self):
@@ -219,58 +57,106 @@ class _Grid:
         m[:3, 3] = self.x[0], self.y[0], self.z[0]
         return m
 
-    def window(self, lo, hi):
-        "Slices of the index box that covers a box in mm, clipped to the grid; None where they do not meet"
-        z = slice(int(max(0, np.floor((self.z[0] - hi[2])/self.dz))), int(min(self.shape[0], np.ceil((self.z[0] - lo[2])/self.dz) + 1)))
-        y = slice(int(max(0, np.floor((lo[1] - self.y[0])/self.px))), int(min(self.shape[1], np.ceil((hi[1] - self.y[0])/self.px) + 1)))
-        x = slice(int(max(0, np.floor((lo[0] - self.x[0])/self.px))), int(min(self.shape[2], np.ceil((hi[0] - self.x[0])/self.px) + 1)))
-        return (z, y, x) if z.start < z.stop and y.start < y.stop and x.start < x.stop else None
+def _kernel(blur, overshoot):
+    "A separable reconstruction kernel along one axis; `blur` in pixels"
+    r = int(np.ceil(3*max(blur, .3)*(1.7 if overshoot else 1))); k = np.arange(-r, r + 1)
+    g = lambda s: (lambda e: e/e.sum())(np.exp(-.5*(k/max(s, .2))**2))
+    return g(blur)*(1 + overshoot) - overshoot*g(1.7*blur + .2)
 
-    def local(self, win, R, c):
-        "Coordinates of a window's voxels in a frame with rotation R (columns are u, v, w) and origin c"
-        z, y, x = self.z[win[0]][:, None, None] - c[2], self.y[win[1]][:, None] - c[1], self.x[win[2]] - c[0]
-        return [(x*_F(R[0, i]) + y*_F(R[1, i])) + z*_F(R[2, i]) for i in range(3)]
+def _noise_tiles(rng, size, px, blur, n=8):
+    "Noise of unit variance whose power grows with frequency up to the kernel's limit, (n, size, size)"
+    f = np.hypot(np.fft.fftfreq(size, px)[:, None], np.fft.rfftfreq(size, px)); f0 = .22/blur              # cycles a mm
+    power = np.sqrt((f + .04)*np.exp(-(f/f0)**2)).astype(_F); out = np.empty((n, size, size), _F)
+    for k in range(n):
+        t = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size), _F))*power, (size, size)); out[k] = t/t.std()
+    return out
 
-def _field(grid, shapes, R, c, scale, rng, fractures=(), wobble=.45):
-    """Signed distance of a bone on the part of the grid that holds it: with its gaps, without them, and where the gaps are.
-    A fragment is moved by looking its voxels up where they came from."""
-    lo, hi = np.min([s.lo for s in shapes], 0)*scale - 2, np.max([s.hi for s in shapes], 0)*scale + 2
-    def window(lo, hi):
-        corner = np.array([[(lo, hi)[i][0], (lo, hi)[j][1], (lo, hi)[k][2]] for i in (0, 1) for j in (0, 1) for k in (0, 1)])@R.T + c
-        return grid.window(corner.min(0), corner.max(0))
-    if (win := window(lo, hi)) is None: return None
-    whole = np.full([s.stop - s.start for s in win], 9, _F); waves = rng.normal(0, .35, (3, 3)).astype(_F); ph = rng.uniform(0, 6.3, 3)
-    sub = lambda w: tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(w, win))
-    def inside(lo, hi):
-        "A window within `win`, or None"
-        if (w := window(lo, hi)) is None: return None
-        w = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(w, win))
-        return w if all(a.start < a.stop for a in w) else None
-    def coordinates(w):
-        u, v, t = grid.local(w, R, c)
-        for f in fractures:
-            d, r = f.distance(u, v, t)
-            moved = (d > 0)*np.clip((f.reach*1.1 - r)/2, 0, 1)
-            u, v, t = u - moved*_F(f.shift[0]), v - moved*_F(f.shift[1]), t - moved*_F(f.shift[2])
-        n = [_F(wobble)*np.sin(u*k[0] + v*k[1] + t*k[2] + _F(p)) for k, p in zip(waves, ph)]
-        return [(x + y)/_F(scale) for x, y in zip((u, v, t), n)]
-    for s in sorted(shapes, key=lambda s: s.cut):
-        if (w := inside(s.lo*scale - 1.5, s.hi*scale + 1.5)) is None: continue
-        d = (s.sdf(*coordinates(w))*scale).astype(_F); old = whole[sub(w)]
-        if s.cut: np.maximum(old, -d, out=old)
-        else:                                                                    # a smooth union, 1.5 mm wide
-            h = np.maximum(1.5 - np.abs(old - d), 0)/1.5
-            whole[sub(w)] = np.minimum(old, d) - h*h*.375
-    broken, gaps = whole.copy(), np.zeros(whole.shape, bool)
-    for f in fractures:
-        if (w := inside(f.centre - f.reach - 3, f.centre + f.reach + 3)) is None: continue
-        d, r = f.distance(*grid.local(w, R, c))
-        cut = np.minimum(f.gap/2 - np.abs(d), f.reach - r); part = broken[sub(w)]
-        np.maximum(part, cut, out=part)
-        gaps[sub(w)] |= (whole[sub(w)] < 0) & (np.abs(d) < f.gap/2 + .3) & (r < f.reach)
-    return win, broken, whole, gaps
+# %% ../nbs/04_phantom.ipynb #dd07c3aa
+_RIM = 2.6                      # mm: deeper than this bone is spongy all over
 
-# %% ../nbs/04_phantom.ipynb #0fddc237
+@dataclass
+class _Bone:
+    "A bone ready to be painted, and what was seen of its lesions"
+    field: Field
+    R: np.ndarray
+    c: np.ndarray
+    cortex: float
+    spongy: float
+    shell: tuple                # thickness of the cortex (mm): body, arch
+    behind: float = -99.        # where the arch begins (v, mm)
+    label: int = 0
+    whole: Field = None         # before anything moved; None where nothing did
+    lesions: list = field(default_factory=list)
+    seen: dict = field(default_factory=dict)    # lesion's number: [(slice, y0, y1, x0, x1)]
+    texture: bool = True
+
+    def local(self, z, y, x): return [x*_F(self.R[0, i]) + y[:, None]*_F(self.R[1, i]) + _F(z*self.R[2, i]) for i in range(3)]
+
+    def paint(self, hu, labels, nearest, at, k, grain, width, margin):
+        "Onto one slice; `at`: (z, y, x) mm of its pixels, `k`: its number"
+        z, y, x = at; moved = self.whole is not None
+        if (s := self.field.section(z, y, x, None if moved else width + .3)) is None: return
+        ys, xs, d = s; y, x = (y[ys] - self.c[1]).astype(_F), (x[xs] - self.c[0]).astype(_F); z = z - self.c[2]; fresh, more = None, 0
+        if self.lesions:
+            first = d; u, v, w = self.local(z, y, x); solid = d < width/2; pieces = []
+            for i, l in enumerate(self.lesions):
+                piece = np.zeros(d.shape, bool)
+                if l.channel and abs(z - self.R[2]@np.array(l.channel[0])) < 14: hole = -_capsule(*l.channel).sdf(u, v, w); piece |= solid & (hole > -_RIM); d = np.maximum(d, hole)
+                for c in l.cuts:
+                    if abs(z - self.R[2]@c.centre) > c.reach + _RIM: continue
+                    p, r = c.distance(u, v, w); p = np.abs(p)
+                    if c.gap:
+                        gap = np.minimum(_F(c.gap/2) - p, _F(c.reach) - r)
+                        if c.fresh: fresh = gap if fresh is None else np.maximum(fresh, gap)
+                        else: d = np.maximum(d, gap)
+                    if c.dense: more = more + _F(c.dense)*np.clip(1 - (p*_F(1/1.8))**2, 0, 1)*np.clip(_F(c.reach) - r, 0, 1)
+                    far = max(.3, width/2) if c.fresh else _RIM                  # what the plane can change
+                    piece |= solid & (p < max(c.gap/2 + far if c.gap else 0, 1.8 if c.dense else 0)) & (r < c.reach + far)
+                pieces.append(piece)
+            if moved:
+                whole = self.whole.section(z + self.c[2], *at[1:])[2]
+                changed = (np.minimum(whole, first) < width/2) & (np.abs(whole - first) > 5e-4)
+                for l, piece in zip(self.lesions, pieces):
+                    if l.moves: piece |= changed
+                    elif l.displacement:
+                        for c in l.cuts:
+                            if c.shift.any(): piece |= changed & (c.held(u - _F(c.shift[0]), v - _F(c.shift[1]), w - _F(c.shift[2]), 1.5) + c.held(u, v, w, 1.5) > 0)
+            for i, piece in enumerate(pieces):
+                if not piece.any(): continue
+                for r, c in find_objects(ndlabel(maximum_filter(piece, int(6/width) | 1))[0]*piece):       # a box for each line, as people draw them
+                    if not (self.lesions[i].decoy or (first[r, c] < 0).any()): continue    # no bone left that one could see
+                    self.seen.setdefault(i, []).append((k, max(ys.start + r.start - margin, 0), min(ys.start + r.stop + margin, hu.shape[0]),
+                                                        max(xs.start + c.start - margin, 0), min(xs.start + c.stop + margin, hu.shape[1])))
+        shell = self.shell[1] if self.behind == -99 else self.shell[0] + (self.shell[1] - self.shell[0])*np.clip(
+            (x*_F(self.R[0, 1]) + y[:, None]*_F(self.R[1, 1]) + _F(z*self.R[2, 1] - self.behind))*_F(.3), 0, 1)
+        rim = np.clip((-d - shell)*_F(1.25), 0, 1); inside = grain[ys, xs]*_F(.4*self.spongy) if self.texture else _F(0)
+        value = _F(self.cortex) + rim*(_F(self.spongy - self.cortex) + inside) + more
+        part = hu[ys, xs]; edge = d if fresh is None else np.maximum(d, fresh)
+        part += np.clip(_F(.5) - edge*_F(1/width), 0, 1)*(value - part)
+        if self.label:
+            near, lab = nearest[ys, xs], labels[ys, xs]; mine = d < near
+            lab[mine] = self.label; near[mine] = d[mine]
+
+def _bones(spine, rng, scale, has, bounds, step=.85):
+    "Everything of bone, ready to be painted; vertebrae last. Also the teeth's places, and what fills the skull"
+    density = rng.uniform(.8, 1.2)*(.75 if has['osteoporosis'] else 1); cortex, spongy = rng.uniform(850, 1300)*density, rng.uniform(110, 310)*density
+    shell = rng.uniform(.05, .3), rng.uniform(.3, 1.)
+    if has['osteoporosis']: spongy, shell = spongy*.45, (shell[0]*.7, shell[1]*.6)
+    if has['sclerotic']: spongy = cortex*.7
+    others, teeth = _others(spine, rng, scale); out = []
+    for s, R, c, g in others:
+        if (f := _evaluate(s, R, c, bounds, 1.4, g, blend=1.)): out.append(_Bone(f, R, c, cortex, spongy*1.3, shell))
+    enamel = rng.uniform(1700, 2700)
+    if (f := _evaluate(teeth[0], *teeth[1:3], bounds, 1., teeth[3])): out.append(_Bone(f, *teeth[1:3], enamel, enamel*.8, shell, texture=False))
+    for v in spine.values():
+        k = rng.uniform(.92, 1.08); lesions = v.lesions; warp = _warp(lesions); pad = max([l.displacement for l in lesions] + [0.])
+        common = dict(bounds=bounds, step=step, waves=v.waves, pad=pad)
+        if (f := _evaluate(v.shapes, v.R, v.c, warp=warp, **common)) is None: continue
+        whole = _evaluate(v.shapes, v.R, v.c, **common) if warp is not None else None
+        out.append(_Bone(f, v.R, v.c, cortex*k, spongy*k, shell, v.m.get('b', -99.), v.label, whole, lesions))
+    return out, teeth
+
+# %% ../nbs/04_phantom.ipynb #5c3a634c
 @dataclass
 class Study:
     "One synthetic exam and its truth"
@@ -278,218 +164,150 @@ class Study:
     labels: np.ndarray                                                           # (z, y, x) uint8, 0-7 and 8 = T
     fractured: np.ndarray                                                        # (7,) bool, C1..C7
     boxes: pd.DataFrame                                                          # train_bounding_boxes.csv's columns
-    fractures: pd.DataFrame                                                      # StudyInstanceUID, level, kind, gap_mm
+    fractures: pd.DataFrame                                                      # one row a fracture: level, kind, gap_mm, displacement_mm, box
+    decoys: pd.DataFrame                                                         # the same of what is no fracture
+    facts: dict                                                                  # options and acquisition: what was drawn
 
-def _spine(rng, scale, fractured):
-    "Frames, shapes and fractures of C1..T3, in the patient's mm with C7's body at the origin"
-    names = list(_MORPHOMETRY.index); m = _MORPHOMETRY*scale*rng.uniform(.93, 1.07, (len(names), _MORPHOMETRY.shape[1]))
-    m[['a', 'cw', 'tp']] *= rng.uniform(.93, 1.07); m[['h', 'disc']] *= rng.uniform(.9, 1.08); m['disc'] *= rng.uniform(.75, 1.1)
-    base, lordosis, bend, turn = rng.normal(16, 8), rng.normal(18, 12), rng.normal(0, 3), rng.normal(0, 13)
-    tilt, roll = {}, {}
-    for i, n in enumerate(names):
-        k = 5 - i                                                                # levels above C7
-        tilt[n] = base - lordosis*k/5 + rng.normal(0, 1.5) if k >= 0 else base - 3*(-k - 1) + 3
-        roll[n] = bend*k/2 + rng.normal(0, 1)
-    frame = lambda n, turn: _rot(2, turn)@_rot(1, roll[n])@_rot(0, tilt[n])
-    R = {n: frame(n, turn*.5*max(0, 5 - i)/5 + rng.normal(0, 1)) for i, n in enumerate(names)}
-    c = {'C7': np.zeros(3)}
-    for n, up in zip(names[5:0:-1], names[4::-1]):                               # upwards
-        c[up] = c[n] + (R[n][:, 2] + R[up][:, 2])/2*(m.h[n] + m.disc[up] + m.h[up])
-    for n, down in zip(names[5:], names[6:]):
-        c[down] = c[n] - (R[n][:, 2] + R[down][:, 2])/2*(m.h[n] + m.disc[n] + m.h[down])
-    bones = {}
-    for n in names:
-        i = LEVELS.index(n) if n in LEVELS else -1; broken = i >= 0 and fractured[i]
-        row = m.loc[n].to_dict()
-        if broken and n != 'C2' and rng.random() < .25: row['loss'] = rng.uniform(.1, .4)
-        shapes, places = _axis(row, rng) if n == 'C2' else _typical(n, row, rng)
-        fs = _break(n, places, rng) if broken else []
-        if row.get('loss') and not any(f.kind == 'body' for f in fs):            # a body that lost height is broken there
-            shapes[1] = _body(row['a'], row['b'], row['h'], lip=2.5 if n[0] == 'C' else 0)
-        bones[n] = (shapes, R[n], c[n], fs, row)
-    R1 = _rot(2, turn*.5)@R['C2']@_rot(0, rng.normal(0, 4)); g = scale*rng.uniform(.93, 1.07)
-    c1 = c['C2'] + R['C2']@np.array([0, -1, m.h['C2'] + rng.uniform(5.5, 8)*scale])
-    shapes, places = _atlas(g, rng)
-    bones = {'C1': (shapes, R1, c1, _break('C1', places, rng) if fractured[0] else [], dict(g=g)), **bones}
-    return bones, turn
-
-# %% ../nbs/04_phantom.ipynb #c3952ddf
-def _paint(hu, win, sdf, value, width):
-    "Blend `value` over hu where sdf < 0, with an edge `width` mm wide"
-    part = hu[win]; part += np.clip(.5 - sdf/_F(width), 0, 1)*(value - part)
-
-def _rough(grid, rng, mm):
-    "A cheap smooth random field of unit variance: one plane of filtered noise for each axis, added up"
-    out, voxel = np.zeros(grid.shape, _F), (grid.dz, grid.px, grid.px)
-    for gone in range(3):
-        n = rng.standard_normal([k for i, k in enumerate(grid.shape) if i != gone], _F)
-        for ax, v in enumerate(v for i, v in enumerate(voxel) if i != gone): n = gaussian_filter1d(n, mm/v, ax, mode='wrap')
-        out += np.expand_dims(n/(n.std() + 1e-6), gone)
-    return out/_F(np.sqrt(3))
-
-def _background(grid, bones, rng, scale, turn):
-    "Soft tissue, fat, air and everything that is not bone"
-    z = grid.z; c = np.array([bones[n][2] for n in ('C1', 'C3', 'C5', 'C7', 'T2')]); order = np.argsort(c[:, 2])
-    sy, sx = (np.interp(z, c[order, 2], c[order, i]) for i in (1, 0))
-    z1, z7 = c[0, 2], c[3, 2]
-    head, chest = 1/(1 + np.exp(-(z - z1 + 5)/8)), 1/(1 + np.exp((z - z7 - rng.uniform(-15, 15))/10))
-    neck = rng.uniform(54, 78)*scale
-    rx = neck*(1 - head) + 76*scale*head + chest*rng.uniform(70, 120)
-    ry = neck*rng.uniform(.9, 1.1)*(1 - head) + 95*scale*head + chest*rng.uniform(15, 40)
-    cy = sy - rng.uniform(8, 22)*scale - head*12
-    rough = _rough(grid, rng, rng.uniform(2.5, 6))
-    col = lambda a: a.astype(_F)[:, None, None]
-    e = np.sqrt(((grid.x - col(sx))/col(rx))**2 + ((grid.y[:, None] - col(cy))/col(ry))**2)
-    e -= 1; e *= col(np.minimum(rx, ry))                                         # ~ mm outside the skin
-    fat = rng.uniform(2, 14); muscle, fat_hu = rng.uniform(40, 75), rng.uniform(-120, -80)
-    marbling = np.clip((rough - rng.uniform(.6, 1.6))*2, 0, 1)
-    hu = muscle + (fat_hu - muscle)*np.maximum(marbling, np.clip((e + fat)/2, 0, 1))
-    hu += np.clip((e + 1.5)/1, 0, 1)*(40 - hu)*(e < 0)
-    hu = np.where(e > 0, _F(-1000), hu).astype(_F)
-    width = grid.px
-    def soft(shapes, R, c, value, wobble=1., s=1.):
-        if (f := _field(grid, shapes, R, c, s, rng, wobble=wobble)) is not None: _paint(hu, f[0], f[2], _F(value), width)
-    def at(n, v): return bones[n][2] + bones[n][1]@np.asarray(v, float)*scale
-    I = np.eye(3)
-    # the canal: CSF and cord; discs; the longus muscles keep the airway off the bodies
-    canal = [bones['C1'][2] + bones['C1'][1]@np.array([0, 13, 30]), at('C1', [0, 13, 0])]
-    canal += [bones[n][2] + bones[n][1]@np.array([0, bones[n][4]['b'] + bones[n][4]['cd'], 0]) for n in list(bones)[1:]]
-    soft(_chain(canal, 9*scale), I, np.zeros(3), rng.uniform(0, 25), .3)
-    soft(_chain(canal, rng.uniform(4.5, 6)*scale), I, np.zeros(3), rng.uniform(30, 50), .3)
-    names = list(bones)[1:]; disc_hu = rng.uniform(60, 120)
-    for n, d in zip(names[:-1], names[1:]):
-        r = bones[n][4]; mid = (bones[n][2] + bones[d][2])/2
-        soft([_body(r['a'], r['b'], r['disc']*.9)], bones[n][1], mid, disc_hu, .3)
-    airway = [at('C1', [0, -26, 25]), at('C2', [0, -24, 0]), at('C4', [0, -22, 0]), at('C6', [0, -24, 0]), at('T1', [0, -26, 0]), at('T3', [0, -24, -15])]
-    if rng.random() < .2:                                                        # tube in the airway
-        soft(_chain(airway, 8*scale), I, np.zeros(3), -1000, 1.5); soft(_chain(airway, 4), I, np.zeros(3), 200, 0); soft(_chain(airway, 3), I, np.zeros(3), -1000, 0)
-    else: soft(_chain(airway, rng.uniform(5, 9)*scale), I, np.zeros(3), -1000, 1.5)
-    vessel = rng.uniform(35, 60) if rng.random() < .65 else rng.uniform(150, 420)
-    for s in (-1, 1):
-        side = rng.normal(0, 2, 2)
-        soft(_chain([at('C2', [s*27, -14, 15]), at('C4', [s*(26 + side[0]), -16, 0]), at('C7', [s*(24 + side[1]), -20, 0]), at('T2', [s*20, -22, 0])], 3.4), I, np.zeros(3), vessel)
-        soft(_chain([at('C2', [s*33, -8, 15]), at('C4', [s*34, -12, 0]), at('T1', [s*32, -22, 0])], rng.uniform(3, 7)), I, np.zeros(3), vessel*.9)
-        soft([_ellipsoid([0, 0, 0], [38, 45, 45])], I, at('T3', [s*48, -18, -14 + rng.uniform(-20, 8)]), rng.uniform(-880, -780))
-    if rng.random() < .7:                                                        # the table under the patient
-        top = cy.max() + ry.max()*.75 + rng.uniform(5, 25); hu[:, (grid.y > top) & (grid.y < top + 3)] = rng.uniform(-200, 100)
-    return hu
-
-def _others(grid, bones, rng, scale):
-    "Bones that are not vertebrae, each (shapes, R, origin): skull base, jaw and teeth, hyoid, larynx, ribs, clavicles"
-    out, I = [], np.eye(3)
-    R1, c1 = bones['C1'][1], bones['C1'][2]; R = _rot(0, rng.normal(0, 6))@R1; g = scale*rng.uniform(.95, 1.08)
-    def place(v): return c1 + R@(np.asarray(v, float)*g)
-    # cranium: a shell, open at the foramen magnum; condyles on the lateral masses; clivus; mastoids
-    skull = _ellipsoid([0, -25, 72], [70, 88, 62]); inner = _ellipsoid([0, -25, 73], [64, 82, 56], cut=True)
-    hole = _capsule([0, 12, 0], [0, 12, 40], 16, cut=True)
-    clivus = [_capsule([0, -8, 17], [0, -24, 45], 6, 9)]
-    condyles = [_ellipsoid([s*15, 3, 14.5], [5.5, 9.5, 5]) for s in (-1, 1)]
-    mastoid = [_capsule([s*48, 4, 24], [s*46, -4, 4], 11, 6) for s in (-1, 1)]
-    out.append(([skull, inner, hole], R, c1, g)); out.append((condyles + clivus, R, c1, g)); out.append((mastoid, R, c1, g))
-    # jaw: two rami and a body, teeth
-    drop, open_ = rng.uniform(-8, 8), rng.uniform(0, 10)
-    jaw = [(-46, -24, 22), (-44, -30, -12 + drop), (-32, -62, -24 + drop), (-10, -84, -26 + drop - open_), (10, -84, -26 + drop - open_), (32, -62, -24 + drop), (44, -30, -12 + drop), (46, -24, 22)]
-    out.append(([_plate(p, q, 4, 9) for p, q in zip(jaw[1:-2], jaw[2:-1])] + [_capsule(jaw[0], jaw[1], 6, 6), _capsule(jaw[-2], jaw[-1], 6, 6)], R, c1, g))
-    maxilla = [(-28, -50, 12), (-22, -70, 10), (0, -82, 9), (22, -70, 10), (28, -50, 12)]
-    out.append(([_plate(p, q, 5, 8) for p, q in zip(maxilla[:-1], maxilla[1:])], R, c1, g))
-    at = lambda n, v: bones[n][2] + bones[n][1]@(np.asarray(v, float)*scale)
-    hyoid = [at('C3', [s*a, b, 0]) for s, a, b in ((-1, 19, -22), (-1, 12, -38), (1, 12, -38), (1, 19, -22))]
-    out.append((_chain(hyoid, 2.3), I, np.zeros(3), 1))
-    larynx = [at('C5', [s*a, b, 0]) for s, a, b in ((-1, 17, -20), (-1, 3, -44), (1, 3, -44), (1, 17, -20))]
-    if rng.random() < .6: out.append(([_plate(p, q, 1.2, 10) for p, q in zip(larynx[:-1], larynx[1:])], I, np.zeros(3), 1))
-    for n in ('T1', 'T2', 'T3'):
-        r = bones[n][4]; k = dict(T1=1, T2=1.3, T3=1.5)[n]
-        for s in (-1, 1):
-            rib = [(s*(r['a'] + 6), r['b'] + 2, r['h'] + 1), (s*30, r['b'] + 14, 2), (s*46*k**.5, r['b'] + 8, -8), (s*58*k, -18, -18), (s*54*k, -50, -30)]
-            out.append((_chain(rib, 4), bones[n][1], bones[n][2], 1))
-    up = rng.uniform(-10, 20)
-    for s in (-1, 1): out.append((_chain([at('T1', [s*25, -55, up - 25]), at('T1', [s*70, -40, up - 8]), at('T1', [s*125, -15, up])], 6), I, np.zeros(3), 1))
-    teeth = [_capsule(np.add(p, [0, 2, 8]), np.add(p, [0, 2, 17 + drop*.3]), 3.4) for p in
-             [(a, b, drop - 24 - open_*.7) for a, b in ((-26, -62), (-20, -70), (-13, -76), (-5, -79), (5, -79), (13, -76), (20, -70), (26, -62))]]
-    return out, (teeth, R, c1, g)
+def _streaks(hu, at, spots, rng_profiles):
+    "Bright and dark rays from metal in this slice, weaker with distance"
+    z, y, x = at
+    for (p, r), profile in zip(spots, rng_profiles):
+        if abs(z - p[2]) > r: continue
+        dy, dx = (y - p[1]).astype(_F)[:, None], (x - p[0]).astype(_F); away = np.sqrt(dx*dx + dy*dy)
+        angle = np.arctan2(dy, dx)*_F(len(profile)/(2*np.pi)) + _F(len(profile)/2); i = angle.astype(np.int32) % len(profile)
+        hu += profile[i]*np.exp(away*_F(-1/45))*np.clip((away - 3)*_F(.3), 0, 1)*_F(1 - abs(z - p[2])/r)
 
 def make_study(seed:int, # any integer, or a sequence of them; the same seed gives the same study
                size:int=256, # rows and columns
                fractured=None, # (7,) bool, C1..C7; drawn at the competition's prevalence when None
                uid:str=None, # StudyInstanceUID; made from the seed when None
                rate:float=1., # of fractures, see `draw_fractured`
-              )->Study: # volume (int16 HU, head first), labels, fractured, boxes, fractures
-    "Make one synthetic neck CT with its truth"
-    rng = np.random.default_rng(seed)
-    drawn = draw_fractured(rng, rate); fractured = drawn if fractured is None else np.asarray(fractured, bool)
-    if fractured.shape != (7,): raise CspineError(f'fractured must hold 7 values, C1 to C7, not {fractured.shape}')
-    uid = uid or '1.2.826.0.1.3680043.22.' + '.'.join(str(int(s)) for s in np.atleast_1d(seed))
-    scale = np.clip(rng.normal(1, .07), .8, 1.2)
-    bones, turn = _spine(rng, scale, fractured)
-    tilt = _rot(2, rng.normal(0, 4))@_rot(1, rng.normal(0, 4))@_rot(0, rng.normal(0, 4))     # the patient on the table
-    bones = {n: (s, tilt@R, tilt@c, f, m) for n, (s, R, c, f, m) in bones.items()}
-    # the scanner
-    fov = rng.uniform(130, 220) if rng.random() < .85 else rng.uniform(220, 300)
-    dz = rng.choice([.5, .6, .625, .7, .75, .8, .9, 1., 1.25], p=[.04, .1, .16, .1, .15, .15, .1, .15, .05])
-    thick = dz*rng.choice([1., 1.25, 1.6], p=[.6, .25, .15])
-    top = bones['C1'][2][2] + rng.uniform(18, 55); bottom = bones['T1'][2][2] - rng.uniform(-4, 45)
-    if rng.random() < .08:                                                       # begins or ends in the middle of the neck
-        if rng.random() < .5: top = bones[('C2', 'C3', 'C4')[rng.integers(3)]][2][2] + rng.uniform(-5, 5)
-        else: bottom = bones[('C6', 'C7')[rng.integers(2)]][2][2] + rng.uniform(-8, 8)
-    mid = (bones['C4'][2] + bones['C7'][2])/2; room = fov/2 - 62*scale           # keep the processes in the field
-    centre = mid[0] + np.clip(rng.normal(0, 6), -max(room, 2), max(room, 2)), mid[1] + rng.uniform(-.18, .06)*fov
-    grid = _Grid(centre, fov, size, top, bottom, dz)
-    hu = _background(grid, bones, rng, scale, turn)
-    # bones
-    width = np.sqrt(grid.px*max(grid.px, min(thick, 1.)))                        # partial volume at an edge
-    density = rng.uniform(.65, 1.25); cortex, spongy = rng.uniform(750, 1350)*density, rng.uniform(140, 380)*density
-    shell = rng.uniform(.4, 1.7)
-    if rng.random() < .15: spongy = cortex*rng.uniform(.5, .9)                  # sclerotic: no shell to speak of
-    grain = _rough(grid, rng, rng.uniform(.5, 1.1)); grain_hu = rng.uniform(.1, .35)*spongy
-    def bone(f, spongy=spongy, cortex=cortex, shell=shell):
-        win, sdf = f[0], f[1]; rim = np.clip((-f[2] - shell)/.8, 0, 1)           # a fresh gap has no cortex of its own
-        value = cortex + rim*(spongy + grain[win]*grain_hu - cortex)
-        _paint(hu, win, sdf, value, width)
-    others, teeth = _others(grid, bones, rng, scale)
-    for s, R, c, g in others:
-        if (f := _field(grid, s, R, c, g, rng, wobble=.3)) is not None: bone(f)
-    if rng.random() < .8 and (f := _field(grid, *teeth, rng, wobble=.2)) is not None: _paint(hu, f[0], f[1], _F(rng.uniform(1600, 2800)), width)
-    labels, nearest, rows, made = np.zeros(grid.shape, np.uint8), np.full(grid.shape, 0, _F), [], []
-    for n, (shapes, R, c, fs, m) in bones.items():
-        if rng.random() < .15:                                                   # a nutrient canal: a dark line that is no fracture
-            shapes = shapes + [_capsule([rng.normal(0, 2), m.get('b', 8) + 1, 0], [rng.normal(0, 3), 1, rng.normal(0, 1)], .7, .5, cut=True)]
-        if rng.random() < .3 and 'a' in m:                                       # osteophytes
-            s = rng.choice([-1, 1]); shapes = shapes + [_ellipsoid([rng.normal(0, m['a']*.6), -m['b'] + .5, s*m['h']*.9], rng.uniform(1.2, 3, 3))]
-        if (f := _field(grid, shapes, R, c, 1., rng, fs)) is None: continue
-        win, broken, whole, gaps = f; k = rng.uniform(.9, 1.1); bone(f, spongy*k, cortex*k)
-        mine = whole < np.minimum(nearest[win], 0); labels[win][mine] = LEVELS.index(n) + 1 if n in LEVELS else 8
-        nearest[win][mine] = whole[mine]
-        for z in np.flatnonzero(gaps.any((1, 2))):
-            ys, xs = np.flatnonzero(gaps[z].any(1)), np.flatnonzero(gaps[z].any(0))
-            x0, y0, x1, y1 = xs[0] + win[2].start - 4, ys[0] + win[1].start - 4, xs[-1] + win[2].start + 5, ys[-1] + win[1].start + 5
-            rows.append((uid, max(x0, 0), max(y0, 0), min(x1, size) - max(x0, 0), min(y1, size) - max(y0, 0), z + win[0].start + 1))
-        if gaps.any(): made += [(uid, n, str(x.kind), round(x.gap, 2)) for x in fs]
-    fractured = np.array([n in {m[1] for m in made} for n in LEVELS])           # what is in the field of view
-    # the scanner's blur, sharpening, noise (more where the shoulders are), streaks
-    blur = rng.uniform(.25, .65)/grid.px
-    if thick > dz: hu = uniform_filter1d(hu, 3, 0)*_F(.5*(thick/dz - 1)) + hu*_F(1 - .5*(thick/dz - 1))
-    for ax in (1, 2): hu = gaussian_filter1d(hu, blur, ax)
-    if rng.random() < .5: hu += _F(rng.uniform(.2, .9))*(hu - gaussian_filter1d(gaussian_filter1d(hu, 1.2*blur + .3, 1), 1.2*blur + .3, 2))
-    noise = rng.standard_normal(grid.shape, _F); s = rng.uniform(.3, .9)
-    for ax in (1, 2): noise = gaussian_filter1d(noise, s, ax)
-    shoulder = 1/(1 + np.exp((grid.z - bones['C6'][2][2])/12)); sigma = rng.uniform(8, 55)
-    noise *= (sigma/(noise[0].std() + 1e-6)*(1 + shoulder*rng.uniform(0, 1.2))).astype(_F)[:, None, None]
-    if rng.random() < .6: noise += (rng.standard_normal((grid.shape[0], size, 1), _F)*(shoulder*rng.uniform(0, 35)).astype(_F)[:, None, None])
-    hu += noise; np.clip(hu, -1024, 3071, out=hu)
-    volume = Volume(np.round(hu).astype(np.int16), grid.affine, uid, [])
-    boxes = pd.DataFrame(rows, columns='StudyInstanceUID x y width height slice_number'.split())
-    return Study(volume, labels, fractured, boxes, pd.DataFrame(made, columns='StudyInstanceUID level kind gap_mm'.split()))
+               prevalence:Prevalence=Prevalence(), # of everything else
+               kinds:dict=None, # level: kind of fracture, instead of `fractured`: {'C2': 'hangman'}
+               scan:dict=None, # fixed instead of drawn: fov, dz, thickness, top, bottom, blur, overshoot (mm, part), noise (HU)
+              )->Study: # volume (int16 HU, head first), labels, fractured, boxes, fractures, decoys, facts
+    "Make one synthetic neck CT with its truth; the neck of a seed is the same whatever is broken in it"
+    seeds = [int(s) for s in np.atleast_1d(seed)]
+    if min(seeds) < 0: raise CspineError(f'seed={seed}: a seed is 0 or more.')
+    if not 16 <= size <= 2048: raise CspineError(f'size={size} is outside 16 to 2048 pixels.')
+    if not isinstance(prevalence, Prevalence): raise CspineError('prevalence must be a cspine.anatomy.Prevalence; change one by dataclasses.replace.')
+    if kinds and (odd := set(kinds) - set(LEVELS)): raise CspineError(f'kinds names {", ".join(map(str, odd))}; levels are {", ".join(LEVELS)}.')
+    drawing, neck, breaking, faking, scanning, noising, tissue = (np.random.default_rng([*seeds, 7001 + k]) for k in range(7))
+    drawn = draw_fractured(drawing, rate)
+    if kinds: drawn = np.array([n in kinds for n in LEVELS])
+    elif fractured is not None: drawn = np.asarray(fractured, bool)
+    if drawn.shape != (7,): raise CspineError(f'fractured must hold 7 values, C1 to C7, not {drawn.shape}')
+    uid = uid or '1.2.826.0.1.3680043.22.' + '.'.join(map(str, seeds))
+    has = prevalence.draw(drawing, ('degenerative', 'osteoporosis', 'sclerotic', 'child', 'large', 'turned', 'tilted', 'contrast', 'tube',
+                                    'metal', 'hardware', 'collar', 'table', 'motion', 'cut_short'))
+    if has['child']: has.update(degenerative=False, osteoporosis=False, hardware=False)
+    # the neck
+    scale = np.clip(neck.normal(1, .07), .8, 1.2); young = neck.uniform(.62, .82)
+    if has['child']: scale *= young
+    spine, turn = _spine(neck, scale, has)
+    tilt = _rot(2, neck.normal(0, 4))@_rot(1, neck.normal(0, 4))@_rot(0, neck.normal(0, 4))     # the patient on the table
+    streams = breaking.spawn(7), faking.spawn(len(spine))
+    for k, v in enumerate(spine.values()):
+        v.R, v.c = tilt@v.R, tilt@v.c; v.lesions = []
+        if v.name in LEVELS and drawn[k]:
+            v.lesions = [fracture(v, kinds[v.name], streams[0][k])] if kinds else _fractures_of(v, streams[0][k])
+        v.lesions += _decoys_of(v, streams[1][k], prevalence)
+    scan = _scan(scanning, spine, scale, has, scan)
+    grid = _Grid(scan['centre'], scan['fov'], size, scan['top'], scan['bottom'], scan['dz']); px, bounds = grid.px, grid.bounds
+    bones, teeth = _bones(spine, neck, scale, has, bounds)
+    soft, sharp, skin = _soft(spine, tissue, scale, turn, has, bounds, ([_ellipsoid([0, -25, 73], [64, 82, 56])], *teeth[1:]))
+    spots, metal = _metal(spine, teeth, tissue, has)
+    if metal and (f := _evaluate(metal, np.eye(3), np.zeros(3), bounds, .8)): bones.append(_Bone(f, np.eye(3), np.zeros(3), 6000., 6000., (9., 9.), texture=False))
+    profiles = [gaussian_filter1d(tissue.standard_normal(720)*(tissue.random(720) < .25), 1.2, mode='wrap').astype(_F)*_F(tissue.uniform(900, 2600)) for _ in spots]
+    # what lies around: the table, the collar
+    air = np.full((size, size), -1000, _F); plank = tissue.uniform(-100, 120); depth = tissue.uniform(70, 110)*scale
+    top = spine['C5'].c[1] + depth; bowl = tissue.uniform(0, 1/500); collar, gap = tissue.uniform(-60, 60), tissue.uniform(7, 13)
+    if has['table']:
+        d = (top - bowl*(grid.x - grid.x.mean())**2 - grid.y[:, None]).astype(_F)*-1
+        air += np.clip(1.5 - np.abs(d - 1.5), 0, 1)*_F(1000 + plank) + np.clip(1.5 - np.abs(d - 32), 0, 1)*_F(1000 + plank) + ((d > 3) & (d < 30))*_F(60)
+    around = spine['C3'].c[2], spine['C7'].c[2]
+    # motion: a few slices displaced and doubled
+    n = len(grid.z); shift = np.zeros((n, 2)); start, long = noising.integers(max(n, 1)), int(noising.integers(6, 26)); way = noising.normal(0, 1.3, 2)
+    if has['motion']:
+        k = np.arange(start, min(start + long, n)); shift[k] = np.sin(np.pi*(k - start + .5)/long)[:, None]*np.clip(way, -3, 3)
+    # noise: less in small voxels' neighbours, more in the middle and between the shoulders
+    fine = (.45*.45*.8)/(px*px*scan['thickness']); sigma = scan['noise']*np.clip(np.sqrt(fine), .4, 1.5)
+    tiles = _noise_tiles(noising, size, px, scan['blur']); far = np.hypot(grid.x, grid.y[:, None] - spine['C5'].c[1])
+    tiles *= (sigma*(.8 + .5*np.exp(-(far/55)**2))).astype(_F)
+    shoulder = 1/(1 + np.exp((grid.z - spine['C6'].c[2])/12)); rise, stripes = noising.uniform(.2, 1.4), noising.uniform(0, 30)
+    grain = gaussian_filter(noising.standard_normal((24, 128, 128), _F), [.5/grid.dz, .5/px, .5/px], mode='wrap'); grain /= grain.std()
+    share = np.clip((scan['thickness']/scan['dz'] - 1)/2, 0, .33); kernel = _kernel(scan['blur']/px, scan['overshoot'])
+    hu16, labels = np.empty(grid.shape, np.int16), np.zeros(grid.shape, np.uint8); margin = max(3, int(np.ceil(1.5/px)))
+    def slices():
+        for k, z in enumerate(grid.z):
+            at = z, grid.y - shift[k, 1], grid.x - shift[k, 0]
+            hu = soft.section(*at)[2]; nearest = np.zeros((size, size), _F); tile = np.tile(grain[k % 24], (size//128 + 1,)*2)[:size, :size]
+            for f, value in sharp:
+                if (s := f.section(*at, px)) is not None:
+                    part = hu[s[0], s[1]]; part += np.clip(_F(.5) - s[2]*_F(1/px), 0, 1)*(_F(value) - part)
+            for b in bones: b.paint(hu, labels[k], nearest, at, k, tile, px, margin)
+            e = skin.section(*at)[2]; ring = np.clip(_F(1) - np.abs(e + _F(.9)), 0, 1); hu += ring*(_F(30) - hu)*(e < 0)
+            out = np.clip(_F(.5) + e*_F(1/px), 0, 1); hu += out*(air - hu)
+            if has['collar'] and around[1] < z < around[0]: hu += np.clip(_F(1.7) - np.abs(e - _F(gap)), 0, 1)*_F(1000 + collar)
+            if has['motion'] and shift[k].any(): hu = (hu*_F(.6) + np.roll(hu, np.round(shift[k, ::-1]*1.2/px).astype(int), (0, 1))*_F(.4))
+            _streaks(hu, at, spots, profiles)
+            for ax in (0, 1): hu = correlate1d(hu, kernel, ax, mode='nearest')
+            t = tiles[noising.integers(len(tiles))]; t = np.roll(t[::noising.choice([-1, 1])], noising.integers(0, size, 2), (0, 1))
+            hu += t*_F(1 + rise*shoulder[k])
+            if shoulder[k] > .02: hu += gaussian_filter1d(noising.standard_normal((size, 1), _F), .8, 0)*_F(stripes*shoulder[k])
+            yield hu
+    def finish(k, hu): np.rint(np.clip(hu, -1024, 3071), out=hu); hu16[k] = hu
+    last = mid = None                                                            # thick slices overlap: each has a share of its neighbours
+    for k, hu in enumerate(slices()):
+        if not share: finish(k, hu); continue
+        if mid is not None: finish(k - 1, mid*_F(1 - 2*share) + (hu + (mid if last is None else last))*_F(share))
+        last, mid = mid, hu
+    if share: finish(len(hu16) - 1, mid*_F(1 - 2*share) + (mid + (mid if last is None else last))*_F(share))
+    # the truth
+    boxes, tables = [], ([], [])
+    for b, name in ((b, v.name) for v in spine.values() for b in bones if b.c is v.c):
+        for i, rows in sorted(b.seen.items()):
+            l = b.lesions[i]; a = np.array(rows); lo, hi = a[:, [3, 1, 0]].min(0), a[:, [4, 2, 0]].max(0) + [0, 0, 1]; mm = (hi - lo)*[px, px, grid.dz]
+            tables[l.decoy].append((uid, name, l.kind, round(l.gap, 2), round(l.displacement, 2), *lo.tolist(), *hi.tolist(), *np.round(mm, 1).tolist()))
+            if not l.decoy: boxes += [(uid, x0, y0, x1 - x0, y1 - y0, k + 1) for k, y0, y1, x0, x1 in rows]
+    broken, decoys = (pd.DataFrame(t, columns=_TRUTH) for t in tables)
+    volume = Volume(hu16, grid.affine, uid, [])
+    facts = dict(StudyInstanceUID=uid, **{k: int(v) for k, v in has.items()}, rows=size, slices=n, pixel_mm=round(px, 4), spacing_mm=float(scan['dz']),
+                 thickness_mm=round(float(scan['thickness']), 3), kernel=scan['kernel'], noise_hu=round(float(sigma), 1))
+    return Study(volume, labels, np.isin(LEVELS, broken.level), pd.DataFrame(boxes, columns=_COLUMNS), broken, decoys, facts)
 
-# %% ../nbs/04_phantom.ipynb #10e108a6
-_SYNTAX = {'explicit': .79, 'jpeg_lossless': .09, 'rle': .06, 'jpeg2000': .06}   # "some JPEG compressed", as in the competition
+# %% ../nbs/04_phantom.ipynb #57d80cf7
+# shares of transfer syntaxes: "some JPEG compressed", as in the competition; each of the others now and then
+_COMMON = dict(explicit=.68, jpeg_lossless=.1, implicit=.05, rle=.03, jpeg2000=.03, jpegls=.02)
+_SYNTAX = _COMMON | {s: (1 - sum(_COMMON.values()))/(len(SYNTAXES) - len(_COMMON)) for s in SYNTAXES if s not in _COMMON}
+_MATRIX = {1.: .92, .75: .04, 1.25: .04}                                         # rows and columns, of what was asked for
 
-def _write_study(i, uid, folder, mask, size, seed, rate):
-    "Make and write one study; its rows of the tables come back"
-    study = make_study((seed, i), size, uid=uid, rate=rate)
+_ODD = [o for o in ODDITIES if o != 'no_positions']                              # without positions no mask could be placed
+
+def _draw_files(seed, i, size, odd):
+    "Matrix, transfer syntax and oddity ('' for none) of a study"
     rng = np.random.default_rng((seed, i, 1)); syntax = str(rng.choice(list(_SYNTAX), p=list(_SYNTAX.values())))
-    write_series(study.volume.hu, study.volume.affine, folder, uid=uid, syntax=syntax)
-    write_mask(study.labels, study.volume.affine, mask)
-    return dict(truth=[int(study.fractured.any()), *map(int, study.fractured)], boxes=rows_of(study.boxes), fractures=rows_of(study.fractures))
+    size = int(np.clip(round(size*rng.choice(list(_MATRIX), p=list(_MATRIX.values()))/2)*2, 32, 1024))
+    oddity = str(rng.choice(_ODD)) if rng.random() < odd else ''
+    if oddity and ODDITIES[oddity].raw: syntax = 'explicit'
+    return size, syntax, oddity
+
+def _write_study(i, uid, folder, mask, size, seed, rate, odd):
+    "Make and write one study; its rows of the tables come back"
+    size, syntax, oddity = _draw_files(seed, i, size, odd)
+    study = make_study((seed, i), size, uid=uid, rate=rate)
+    more = dict(SliceThickness=study.facts['thickness_mm'])
+    if oddity:
+        write_odd(study.volume.hu, study.volume.affine, folder, oddity, uid=uid, syntax=syntax, seed=(seed, i, 2), series=more)
+        labels, affine, _ = acquire(study.labels, study.volume.affine, oddity, order=0)
+        if not ODDITIES[oddity].named: study.boxes = study.boxes[:0]             # slices with other numbers, or none
+    else:
+        write_series(study.volume.hu, study.volume.affine, folder, uid=uid, syntax=syntax, series=more)
+        labels, affine = study.labels, study.volume.affine
+    write_mask(labels, affine, mask)
+    facts = study.facts | dict(syntax=syntax, lossy=int(syntax in LOSSY), oddity=oddity)
+    return dict(truth=[int(study.fractured.any()), *map(int, study.fractured)], boxes=rows_of(study.boxes),
+                fractures=rows_of(study.fractures), decoys=rows_of(study.decoys), studies=[facts])
 
 def phantom(out, # folder to make
             train:int=16, # studies with labels, boxes and masks
@@ -497,8 +315,13 @@ def phantom(out, # folder to make
             size:int=256, # rows and columns of a slice
             seed:int=1, # the same seed gives the same bytes
             rate:float=1., # of fractures in the train studies; more than 1 makes more to learn from, `bundle` sets the odds right
+            odd:float=.15, # share of studies in a folder that is odd in some way, see `cspine.oddities`
+            simple:bool=False, # the easier ones of `cspine.simple_phantom`, whose folders are never odd
             workers:int=None, # processes; all cores when None
            )->Path: # the folder
     "Write synthetic studies in the competition's layout; go on where an earlier run was stopped"
+    if not 0 <= odd <= 1: raise CspineError(f'odd={odd} is a share of the studies, 0 to 1.')
     asked = dict(train=train, test=test, size=size, seed=seed, rate=rate)
-    return write_data_set(out, asked, _write_study, dict(fractures='StudyInstanceUID level kind gap_mm'.split()), workers)
+    if simple: return write_data_set(out, asked | dict(simple=True), write_simple_study, dict(fractures=SIMPLE_COLUMNS), workers)
+    asked['odd'] = odd
+    return write_data_set(out, asked, _write_study, dict(fractures=_TRUTH, decoys=_TRUTH, studies=None), workers)

@@ -215,7 +215,7 @@ def _origin(data):
     "Where the studies come from, for the card: phantoms say how they were made, other folders have a name"
     try: asked = json.loads((data/'phantom.json').read_text())['asked'].items()
     except (OSError,ValueError,KeyError,TypeError,AttributeError): return data.resolve().name
-    return ' '.join(['cspine phantom', *(f'--{k} {v}' for k,v in asked)])
+    return ' '.join(['cspine phantom', *(f'--{k}' if v is True else f'--{k} {v}' for k,v in asked)])
 
 def _start_run(out, kind, preset, data, table, resume, known=None):
     "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own"

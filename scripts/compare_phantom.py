@@ -14,7 +14,7 @@ import pydicom
 from matplotlib import pyplot as plt
 from scipy.ndimage import gaussian_filter, uniform_filter, zoom
 
-from cspine.realistic import make_study
+from cspine.phantom import make_study
 
 PERCENTILES = (5, 25, 50, 75, 95)
 

@@ -147,12 +147,12 @@ def test_train_passes_on_what_was_asked(monkeypatch):
                     dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None)]
 
 
-@pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('realistic', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'),
+@pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'),
                                           ('training', 'train_classification'), ('bundle', 'bundle'), ('inference', 'predict'),
                                           ('rsna', 'score'), ('presets', 'presets')])
 def test_the_library_has_the_same_names(module, name):
-    """What a command takes, the library's function of that name takes, but for those that only write a page or choose the generator."""
-    ours = set(inspect.signature(getattr(cli, name)).parameters) - {'page', 'realistic'}
+    """What a command takes, the library's function of that name takes, but for those that only write a page."""
+    ours = set(inspect.signature(getattr(cli, name)).parameters) - {'page'}
     assert ours <= set(inspect.signature(getattr(importlib.import_module(f'cspine.{module}'), name)).parameters)
 
 

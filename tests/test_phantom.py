@@ -1,15 +1,15 @@
 """Phantoms: the same seed gives the same bytes, the truth is where the picture shows it, bad requests are refused."""
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from cspine import phantom as simple
-from cspine import realistic
+import cspine.phantom
+import cspine.simple_phantom
 from cspine.fractures import draw_fractured
-from cspine.phantom import make_study
 from cspine.presets import LEVELS, CspineError
 from cspine.rsna import PREVALENCE, read_boxes, read_test, read_train
 
@@ -19,10 +19,17 @@ def digest(folder):
             for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
 
-@pytest.fixture(scope='module', params=[simple, realistic], ids=['simple', 'realistic'])
+class Maker:
+    """A generator by its parts: what is said of a data set holds for both."""
+    def __init__(self, simple):
+        self.phantom = partial(cspine.phantom.phantom, simple=simple)
+        self.make_study = (cspine.simple_phantom if simple else cspine.phantom).make_study
+        self.writes = 'write_simple_study' if simple else '_write_study'
+
+
+@pytest.fixture(scope='module', params=[True, False], ids=['simple', 'realistic'])
 def maker(request):
-    """The module of each generator: what is said of a data set holds for both."""
-    return request.param
+    return Maker(request.param)
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +45,7 @@ def test_same_seed_same_bytes(maker, data, tmp_path):
 
 
 def test_stopped_run_goes_on(maker, data, tmp_path, monkeypatch):
-    out, write, calls = tmp_path / 'd', maker._write_study, []
+    out, write, calls = tmp_path / 'd', getattr(cspine.phantom, maker.writes), []
 
     def failing(i, *args, **kw):
         calls.append(i)
@@ -46,10 +53,10 @@ def test_stopped_run_goes_on(maker, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return write(i, *args, **kw)
 
-    monkeypatch.setattr(maker, '_write_study', failing)
+    monkeypatch.setattr(cspine.phantom, maker.writes, failing)
     with pytest.raises(KeyboardInterrupt):
         maker.phantom(out, train=2, test=1, size=64, seed=21, workers=1)
-    monkeypatch.setattr(maker, '_write_study', write)
+    monkeypatch.setattr(cspine.phantom, maker.writes, write)
     assert digest(maker.phantom(out, train=2, test=1, size=64, seed=21, workers=1)) == digest(data)
 
 
@@ -63,8 +70,8 @@ def test_tables(data):
         assert set(kinds[kinds.StudyInstanceUID == uid].level) == {v for v in LEVELS if row[v]}
 
 
-def test_fracture_truth_is_where_the_bone_is_broken():
-    study = make_study((5, 1), 192, fractured=[0, 0, 0, 0, 1, 0, 0])
+def test_fracture_truth_is_where_the_bone_is_broken(maker):
+    study = maker.make_study((5, 1), 192, fractured=[0, 0, 0, 0, 1, 0, 0])
     assert study.fractured.tolist() == [False] * 4 + [True] + [False] * 2
     assert set(study.fractures.level) == {'C5'} and len(study.boxes)
     c5 = np.zeros(study.labels.shape, bool)
@@ -72,7 +79,7 @@ def test_fracture_truth_is_where_the_bone_is_broken():
         inside = np.s_[b.slice_number - 1, b.y:b.y + b.height, b.x:b.x + b.width]
         assert (study.labels[inside] == 5).any(), 'a box of truth without C5 in it'
         c5[inside] = True
-    whole = make_study((5, 1), 192, fractured=np.zeros(7, bool))
+    whole = maker.make_study((5, 1), 192, fractured=np.zeros(7, bool))
     assert not whole.fractured.any() and not len(whole.boxes) and not len(whole.fractures)
 
 

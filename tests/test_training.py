@@ -116,7 +116,7 @@ def test_what_cannot_work_is_said(run, data, kw, says):
     with pytest.raises(CspineError, match=says): train_segmentation(**{**dict(data=data, preset=SMALL, out=run), **kw})
 
 def test_a_run_says_where_its_studies_come_from(run, data):
-    assert json.loads((run/'run.json').read_text())['data'] == 'cspine phantom --train 4 --test 0 --size 64 --seed 9100 --rate 1.0'
+    assert json.loads((run/'run.json').read_text())['data'] == 'cspine phantom --train 4 --test 0 --size 64 --seed 9100 --rate 1.0 --odd 0.15'
     assert _origin(run) == run.name
 
 def test_a_foreign_folder_is_left_alone(data, tmp_path):

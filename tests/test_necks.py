@@ -1,4 +1,4 @@
-"""Realistic phantoms: kinds, decoys, options, scanners, odd folders; what holds for every data set is in test_phantom."""
+"""Necks: kinds, decoys, options, scanners, odd folders; what holds for every data set is in test_phantom."""
 from dataclasses import fields, replace
 from functools import cache
 
@@ -11,7 +11,7 @@ from cspine.ctfile import LOSSY, SYNTAXES
 from cspine.dicom import read_series, write_series
 from cspine.fractures import DECOYS, KINDS, _decoys_of, _fractures_of, decoy, fracture, kinds_of
 from cspine.oddities import ODDITIES
-from cspine.realistic import _draw_files, _kernel, _noise_tiles, make_study, phantom
+from cspine.phantom import _draw_files, _kernel, _noise_tiles, make_study, phantom
 from cspine.presets import LEVELS, CspineError
 from cspine.rsna import read_boxes, read_mask, read_train
 
@@ -26,13 +26,13 @@ def data(tmp_path_factory):
     return phantom(tmp_path_factory.mktemp('phantom') / 'a', train=2, test=1, size=64, seed=21, odd=0)
 
 
-def within(boxes, shape, grow=3):
-    """Where boxes of truth (a row a slice) or of a table (x0 ... z1) lie, grown by what the kernel spreads."""
+def within(boxes, shape, grow=3, deep=0):
+    """Where boxes of truth (a row a slice) or of a table (x0 ... z1) lie, grown by what the kernel spreads, and `deep` slices along z."""
     out = np.zeros(shape, bool)
     for b in boxes.itertuples():
         if hasattr(b, 'slice_number'): z0, z1, y0, y1, x0, x1 = b.slice_number - 1, b.slice_number, b.y, b.y + b.height, b.x, b.x + b.width
         else: z0, z1, y0, y1, x0, x1 = b.z0, b.z1, b.y0, b.y1, b.x0, b.x1
-        out[z0:z1, max(y0 - grow, 0):y1 + grow, max(x0 - grow, 0):x1 + grow] = True
+        out[max(z0 - deep, 0):z1 + deep, max(y0 - grow, 0):y1 + grow, max(x0 - grow, 0):x1 + grow] = True
     return out
 
 
@@ -47,8 +47,10 @@ def test_a_fracture_is_dark_or_moved_inside_its_box_and_nowhere_else(number):
     study, before = make_study((11, number), 192, kinds=kinds, scan=QUIET, prevalence=Prevalence.none()), whole(number)
     assert dict(zip(study.fractures.level, study.fractures.kind)) == kinds and len(study.fractures) == len(kinds)
     change = study.volume.hu.astype(int) - before.volume.hu
-    outside = ~within(study.boxes, change.shape)
+    outside = ~within(study.boxes, change.shape, deep=4)   # there is no box where the bone went away, up to 3.2 mm
     assert np.abs(change[outside]).max() <= 3, 'a fracture changed what lies outside its boxes'
+    for b in study.boxes.itertuples():
+        assert study.labels[b.slice_number-1, b.y:b.y+b.height, b.x:b.x+b.width].any(), 'a box without bone'
     for row in study.fractures.itertuples():
         box = np.s_[row.z0:row.z1, row.y0:row.y1, row.x0:row.x1]
         bone = before.labels[box] == LEVELS.index(row.level) + 1
@@ -61,7 +63,7 @@ def test_a_gap_is_dark_where_nothing_moved(number, monkeypatch):
     def still(bone, kind, rng):
         lesion = fracture(bone, kind, rng, 'gap')
         return replace(lesion, moves=[], cuts=[replace(c, shift=np.zeros(3), dense=0.) for c in lesion.cuts])
-    monkeypatch.setattr('cspine.realistic.fracture', still)
+    monkeypatch.setattr('cspine.phantom.fracture', still)
     study, before = make_study((11, number), 192, kinds=BROKEN[number], scan=QUIET, prevalence=Prevalence.none()), whole(number)
     assert (study.labels == before.labels).all(), 'a gap belongs to its vertebra'
     change = study.volume.hu.astype(int) - before.volume.hu
@@ -309,7 +311,9 @@ def test_a_prevalence_is_a_probability():
 
 def test_the_command_line_makes_them(tmp_path):
     from cspine import cli
-    out = cli.phantom(tmp_path / 'd', train=1, test=0, size=64, seed=3, realistic=True)
-    assert {'kernel', 'oddity', 'syntax'} <= set(pd.read_csv(out / 'studies.csv').columns)
-    plain = cli.phantom(tmp_path / 'e', train=1, test=0, size=64, seed=3)
-    assert not (plain / 'studies.csv').exists()
+    out = cli.phantom(tmp_path / 'd', train=3, test=0, size=32, seed=3, odd=1)
+    assert pd.read_csv(out / 'studies.csv').oddity.notna().all()
+    assert pd.read_csv(cli.phantom(tmp_path / 'e', train=3, test=0, size=32, seed=3, odd=0) / 'studies.csv').oddity.isna().all()
+    simple = cli.phantom(tmp_path / 'f', train=1, test=0, size=32, seed=3, simple=True)
+    assert not (simple / 'studies.csv').exists()
+    with pytest.raises(CspineError, match='already holds phantoms'): cli.phantom(simple, train=1, test=0, size=32, seed=3)
