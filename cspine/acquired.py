@@ -36,10 +36,11 @@ def standardize(
     return A, new, acquired
 
 # %% ../nbs/01_acquired.ipynb #9379ee47
-def _near(dz, heights=()):
+def _near(dz, tenths=False):
     "How far in mm a slice may lie from where it should: a twentieth of the spacing, or what rounding does to positions."
-    written = .075 if len(heights) and np.allclose(heights, np.round(heights, 1), atol=1e-6) else .02
-    return max(.05*dz, written)
+    return max(.05*dz, .075 if tenths else .02)
+
+def _one_digit(mm): return np.allclose(mm, np.round(mm, 1), rtol=0, atol=1e-6)
 
 def _shared(gaps):
     "The smallest gap that a fifth of all gaps share."
@@ -51,14 +52,17 @@ def _shared(gaps):
 
 def even_grid(
     heights: np.ndarray, # (n,) mm along the normal, rising, n at least 2
+    tenths: bool = False,# are positions written with one digit?
 ) -> tuple:              # spacing in mm, and (n,) places on the grid: whole where a slice lies on it
     "The spacing of a series and the place of every slice on a grid with it; the first slice lies at 0 to 1."
     gaps, n = np.diff(heights), len(heights)
-    fine = _shared(gaps)
-    for dz in (float(np.median(gaps)), fine):
+    fine, tenths = _shared(gaps), tenths or _one_digit(heights)
+    for dz in (float(np.median(gaps)), fine, fine/2, fine/3):   # slices of 2.5 and 5 mm that touch are 3.75 mm apart
         steps = np.r_[0, np.cumsum(np.maximum(np.rint(gaps/dz), 1))]
         fit = np.polyfit(steps, heights, 1)
-        if np.abs(heights - np.polyval(fit, steps)).max() <= _near(dz, heights) and steps[-1] < 4*n + 100: return float(fit[0]), steps
+        off = np.abs(heights - np.polyval(fit, steps))
+        if off.max() <= _near(dz, tenths) and steps[-1] < 4*n + 100: return float(fit[0]), steps
+        if dz == fine and (off > _near(dz, tenths)).mean() < .1: break   # a few odd slices are no reason for a finer grid
     of_fine = np.abs(gaps - fine) <= _near(fine)
     runs = [list(g) for like, g in itertools.groupby(range(n - 1), lambda i: of_fine[i]) if like]
     run = max(runs, key=len) if runs else [0]
@@ -67,7 +71,7 @@ def even_grid(
     if (heights[-1] - heights[0])/dz > 4*n + 100: dz, start = (heights[-1] - heights[0])/(n - 1), heights[0] # not finer than that
     at = (heights - start)/dz
     whole = np.rint(at)
-    at = np.where(np.abs(at - whole)*dz <= _near(0, heights), whole, at)
+    at = np.where(np.abs(at - whole)*dz <= _near(0, tenths), whole, at)
     return float(dz), at - np.floor(at[0])
 
 # %% ../nbs/01_acquired.ipynb #70ab8919
@@ -160,22 +164,26 @@ def lay_out(
     row, column = np.array(orientation, float).reshape(2, 3)
     n = np.cross(row, column)
     keep = slice(0, len(P))
-    gaps = np.diff(P @ n)
-    if even and len(P) > 2 and (cuts := gaps > max(_BRIDGE, 3*_shared(gaps))).any():
-        keep = _longest(cuts, names, gaps, notes)
-        P, names = P[keep], names[keep]
+    gaps, pixels = np.diff(P @ n), np.stack([column/pixel[0], row/pixel[1]], 1)
+    if even and len(P) > 2:
+        aside = np.diff(P, axis=0) @ pixels               # px from slice to slice, beyond what a tilt moves them
+        aside = np.abs(aside - np.median(aside/gaps[:, None], 0)*gaps[:, None])
+        far, jump = gaps > max(_BRIDGE, 3*_shared(gaps)), (aside > np.array(size)/4).any(1)
+        if jump.sum() > 2: jump[:] = False                # all over the place: no block is worth keeping
+        if (far | jump).any():
+            keep = _longest(far, jump, names, gaps, notes)
+            P, names = P[keep], names[keep]
     h, gaps = P @ n, np.diff(P @ n)
     run = P[-1] - P[0] if len(P) > 1 else n
     along = run/(run @ n)                                 # mm of the patient for one mm along the normal
     if len(P) == 1: dz, at = thickness, np.zeros(1)
     else:
-        dz, at = even_grid(h)
+        dz, at = even_grid(h, _one_digit(P))
         even = _say_spacing(dz, at, gaps, names, even, notes)
         if not even: dz, at = float(np.median(gaps)) if (at % 1).any() else dz, np.arange(len(P))
     count = int(np.ceil(at[-1])) + 1
     # where the slices' corners lie in the plane, in pixels, from the middle one
     middle = P[np.abs(at - np.median(at)).argmin()]
-    pixels = np.stack([column/pixel[0], row/pixel[1]], 1)
     offset, line = (P - middle) @ pixels, (P - P[0] - np.outer(h - h[0], along)) @ pixels
     tilt, bent = np.degrees(np.arctan(np.linalg.norm(along - n))), np.abs(line).max()
     low = np.floor(offset.min(0) + _PART).astype(int)
@@ -205,12 +213,12 @@ def lay_out(
 
 _PART = .05     # px; less is not worth an interpolation
 
-def _longest(cuts, names, gaps, notes):
-    "The block of slices with no gap in it that holds the most, as a slice."
-    edges = [0, *np.flatnonzero(cuts) + 1, len(names)]
+def _longest(far, jump, names, gaps, notes):
+    "The block of slices with no gap or jump in it that holds the most, as a slice."
+    edges = [0, *np.flatnonzero(far | jump) + 1, len(names)]
     a, b = max(itertools.pairwise(edges), key=lambda e: e[1] - e[0])
-    notes.append(f'a gap of {gaps[cuts].max():.0f} mm is too long to fill; kept the {b - a} slices from {names[a]} to {names[b-1]}, '
-                 f'left out {len(names) - b + a} beyond it')
+    why = f'a gap of {gaps[far].max():.0f} mm is too long to fill' if far.any() else f'slices jump aside after {names[np.flatnonzero(jump)[0]]}'
+    notes.append(f'{why}; kept the {b - a} slices from {names[a]} to {names[b-1]}, left out {len(names) - b + a} beyond it')
     return slice(a, b)
 
 def _say_spacing(dz, at, gaps, names, even, notes):

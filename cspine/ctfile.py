@@ -57,7 +57,7 @@ def _encode_rle(a):
 
 # %% ../nbs/01_ctfile.ipynb #29327ff8
 _TAGS = {0x00080008: 'ImageType', 0x00080016: 'SOPClassUID', 0x00080060: 'Modality', 0x0008103E: 'SeriesDescription',
-         0x00180015: 'BodyPartExamined', 0x00181030: 'ProtocolName', 0x00180050: 'SliceThickness',
+         0x00180015: 'BodyPartExamined', 0x00181030: 'ProtocolName', 0x00180050: 'SliceThickness', 0x00181210: 'ConvolutionKernel',
          0x00180088: 'SpacingBetweenSlices', 0x0020000D: 'StudyInstanceUID', 0x0020000E: 'SeriesInstanceUID',
          0x00200011: 'SeriesNumber', 0x00200012: 'AcquisitionNumber', 0x00200013: 'InstanceNumber',
          0x00200032: 'ImagePositionPatient', 0x00200037: 'ImageOrientationPatient', 0x00201041: 'SliceLocation',
@@ -252,7 +252,7 @@ def read_header(
     if not {'offset', 'cut', 'pydicom'} & set(h): raise Unusable('holds no pixel data', 'no image')
     if h.get('NumberOfFrames') not in (None, '', '0', '1') or h.get('SOPClassUID') in _CT_CLASSES[1:]: return _frames(path, h)
     s = CTSlice(path, h)
-    if s.pixel is None or min(s.pixel) <= 0: raise Unusable('has no pixel spacing')
+    if s.pixel is None or min(s.pixel) <= 0: raise Unusable('has no pixel spacing', 'no spacing')
     return [s]
 
 _NO_IMAGE = {'1.2.840.10008.1.3.10': 'a DICOMDIR, the index of a disk'}
@@ -296,7 +296,7 @@ def _frames(path, h):
         slices = [CTSlice(path, common | _group_values(g), k, where[k]) for k, g in enumerate(each)]
     except Unusable: raise
     except Exception as e: raise Unusable(f'has a damaged header ({type(e).__name__})') from e
-    if any(s.pixel is None or min(s.pixel) <= 0 for s in slices): raise Unusable('has no pixel spacing')
+    if any(s.pixel is None or min(s.pixel) <= 0 for s in slices): raise Unusable('has no pixel spacing', 'no spacing')
     return slices
 
 def _items(f, i, limit):

@@ -170,30 +170,45 @@ def _natural(path): return [int(p) if p.isdigit() else p for p in re.split(r'(\d
 def study_files(
     folder,   # of one study
 ) -> list:    # paths, 10.dcm after 9.dcm
-    "The files that `read_series` looks at: those in the folder, or in its subfolders where it has none itself"
-    folder = Path(folder)
+    "The files that `read_series` looks at: all in the folder and below it, but for hidden ones; raises `OSError` where it cannot be listed"
+    folder, found, seen = Path(folder), [], set()
     if folder.is_file(): return [folder]
-    return sorted([p for p in folder.iterdir() if p.is_file()] or [p for p in folder.rglob('*') if p.is_file()], key=_natural)
+    def failed(e): raise e
+    for at, folders, names in os.walk(folder, onerror=failed, followlinks=True):
+        been, here = len(seen), os.stat(at)
+        seen.add((here.st_dev, here.st_ino))
+        if len(seen) == been: folders.clear(); continue   # a link back to a folder that was looked at
+        folders[:] = [f for f in folders if not f.startswith('.') and f != '__MACOSX']
+        found += [p for n in names if not n.startswith('.') and (p := Path(at)/n).is_file()]
+    return sorted(found, key=_natural)
 
 def _plural(n, word): return f'{n} {word}' if n == 1 else f'{n} {word}s'
 
 def _find_slices(folder, files, notes):
     "Every CT slice among the files of the folder, and a note on what else lies there."
-    slices, unusable, kinds = [], {}, set()
+    slices, unusable, kinds, damaged = [], {}, set(), 0
     for p in progress(files, 'reading headers', total=len(files)):
         try: slices += read_header(p)
-        except Unusable as e: unusable.setdefault(str(e), []).append(p); kinds.add(e.kind)
+        except Unusable as e:
+            unusable.setdefault(str(e), []).append(p); kinds.add(e.kind)
+            damaged += e.kind == 'damaged' or str(e) == 'is empty'
     why = '; '.join(f'{_names(ps)} {reason}' for reason, ps in unusable.items())
     if not slices:
-        kind = (DamagedSeries if 'damaged' in kinds else NotCT if 'modality' in kinds else
-                NoSeries if 'picture' in kinds else NoPixels if 'no image' in kinds else NoDicom)
+        kind = (DamagedSeries if 'damaged' in kinds else NotCT if 'modality' in kinds else NoSeries if 'picture' in kinds else
+                NoPixels if kinds & {'no image', 'no spacing'} else NoDicom)
         raise kind(f'{folder} holds no CT slice that can be read: {why}. Give a folder of CT slices in DICOM files.')
+    if damaged > _SPOILED*(damaged + len(slices)):
+        raise DamagedSeries(f'{damaged} of {damaged + len(slices)} files in {folder} are damaged: {why}. Copy the study again.')
     if unusable: notes.append(f'left out {_plural(sum(map(len, unusable.values())), "file")}: {why}')
-    if any(not s.h.get('Modality') for s in slices): notes.append('files do not say their modality; taken for CT')
+    if any(not s.h.get('Modality') and not s.h.get('SOPClassUID') for s in slices): notes.append('files do not say their modality; taken for CT')
     return slices
 
-_NECK = re.compile(r'neck|cervi|c[ _-]?spine|\bhals\b|\bhws\b', re.I)  # English, Latin and German
-_ELSEWHERE = re.compile(r'head|brain|skull|sinus|chest|thora|lung|abdom|pelvi|lumb|[tl][ _-]?spine|\b(knee|hip|heart|leg|foot|hand)\b', re.I)
+_SPOILED = .1   # share of damaged slices from which a series is no longer mended
+# words of English, Latin and German; a word that goes on (HWS_Trauma) counts, the end of another (thoracic spine) does not
+_NECK = re.compile(r'(?<![a-z])(neck|cervi|c[ _-]?spine|(hals|hws|csp)(?![a-z]))', re.I)
+_ELSEWHERE = re.compile(r'(?<![a-z])(head|brain|skull|sinus|kopf|chest|thora|lung|abdom|pelvi|lumb|[tl][ _-]?spine|'
+                        r'(knee|hip|heart|leg|foot|hand|bws|lws)(?![a-z]))', re.I)
+_MADE_UP = {'MIP', 'MINIP', 'PROJECTION IMAGE', 'VRT', '3D', 'SCREEN SAVE'}   # ImageType: no slices of the scan itself
 
 def _says_neck(g):
     "1 where a series calls itself one of the neck, -1 where it names another part of the body, 0 where it says neither."
@@ -205,37 +220,68 @@ def _series(g):
     said = printable(g[0].h.get('SeriesDescription') or '')
     return f'series {g[0].number:g}{f" {said!r}" if said else ""} ({_plural(len(g), "slice")} of {g[0].size[0]}x{g[0].size[1]})'
 
+def _types(s): return set(s.h.get('ImageType', '').upper().split('\\'))
+
+# what the slices of one volume share, and whether two of them do
+_ALIKE = dict(size=lambda a, b: a.size == b.size, spacing=lambda a, b: np.allclose(a.pixel, b.pixel, rtol=1e-3, atol=0),
+              orientation=lambda a, b: (a.orientation is None) == (b.orientation is None) and np.allclose(a.orientation or 0, b.orientation or 0, rtol=0, atol=.01),
+              position=lambda a, b: (a.position is None) == (b.position is None), kernel=lambda a, b: a.h.get('ConvolutionKernel') == b.h.get('ConvolutionKernel'),
+              kind=lambda a, b: ('LOCALIZER' in _types(a)) == ('LOCALIZER' in _types(b)))
+
+def _groups(slices, notes):
+    "The slices by series, and within one by what makes a volume."
+    groups = []
+    series = {}
+    for s in slices: series.setdefault(s.h.get('SeriesInstanceUID'), []).append(s)
+    if len(series) > 2 and all(len(g) == 1 for g in series.values()) and all(_ALIKE[k](slices[0], s) for k in ('size', 'spacing', 'orientation') for s in slices):
+        notes.append(f'each of the {len(slices)} slices names a series of its own; taken as one')
+        series = {None: slices}
+    for g in series.values():
+        turned = [s for s in g if s.orientation is not None]
+        if len(turned) < len(g) < 2*len(turned):
+            lost = [s for s in g if s.orientation is None]
+            notes.append(f"{_plural(len(lost), 'slice')} without an orientation; took the other slices': {_names(lost)}")
+            for s in lost: s.orientation = turned[0].orientation
+        parts = []
+        for s in g:
+            same = next((p for p in parts if all(alike(p[0], s) for alike in _ALIKE.values())), None)
+            if same is None: parts.append([s])
+            else: same.append(s)
+        for p in parts: groups += _runs(p)
+    return groups
+
+def _runs(g):
+    "A series that holds the same place of the body twice, as two phases of contrast do, by acquisition."
+    runs = {}
+    for s in g: runs.setdefault(s.acquisition, []).append(s)
+    if len(runs) == 1 or g[0].position is None or g[0].orientation is None: return [g]
+    ends = sorted((min(h), max(h)) for r in runs.values() if len(r) > 9 for h in [[float(np.dot(s.position, s.normal)) for s in r]])
+    twice = any(b[0] < a[1] and min(a[1], b[1]) - b[0] > .5*min(a[1] - a[0], b[1] - b[0]) for a, b in zip(ends, ends[1:]))
+    return list(runs.values()) if twice else [g]
+
 def _pick_group(slices, folder, notes):
     "The slices of the series that is the neck volume, all of one size, spacing and orientation."
-    placed = [s for s in slices if s.position is not None]
-    if placed and len(placed) < len(slices):
-        notes.append(f'left out {_plural(len(slices)-len(placed), "slice")} without a position')
-        slices = placed
-    groups = []
-    for s in slices:
-        for g in groups:
-            o = g[0]
-            if (s.h.get('SeriesInstanceUID'), s.size) == (o.h.get('SeriesInstanceUID'), o.size) \
-               and all(abs(a - b) < 1e-3*b for a, b in zip(s.pixel, o.pixel)) \
-               and (s.orientation is None) == (o.orientation is None) \
-               and all(abs(a - b) < .01 for a, b in zip(s.orientation or (), o.orientation or ())): g.append(s); break
-        else: groups.append([s])
-    scout = lambda g: 'LOCALIZER' in g[0].h.get('ImageType', '')
+    groups = _groups(slices, notes)
+    scout = lambda g: 'LOCALIZER' in _types(g[0])
     if all(map(scout, groups)): raise NoSeries(f'{folder} holds scout views only ({_names(slices)}); give a folder with the slices themselves.')
+    enough = min(10, max(len(g) for g in groups if not scout(g))/3)
     # in the order in which they decide, each with its reason in words
-    ranks = [('the others are scouts', lambda g: not scout(g)), ('its description names the neck', lambda g: _says_neck(g) > 0),
-             ('the others name another part of the body', lambda g: _says_neck(g) == 0),
-             ('the others are a few slices only', lambda g: len(g) > 9), ('it is axial', lambda g: g[0].axial), ('it has the most slices', len), ('it has the lowest series number', lambda g: -g[0].number)]
+    ranks = [('the others are scouts', lambda g: not scout(g)), ('the others are a few slices only', lambda g: len(g) >= enough),
+             ('the others are projections', lambda g: not _types(g[0]) & _MADE_UP), ('the others name another part of the body', lambda g: _says_neck(g) >= 0),
+             ('it is axial', lambda g: g[0].axial), ('its description names the neck', lambda g: _says_neck(g) > 0),
+             ('the others are derived', lambda g: 'DERIVED' not in _types(g[0])), ('it has the most slices', len),
+             ('it has the lowest series number', lambda g: -g[0].number), ('it was acquired first', lambda g: -g[0].acquisition)]
     best, *others = sorted(groups, key=lambda g: [rank(g) for _, rank in ranks], reverse=True)
     uid = best[0].h.get('SeriesInstanceUID')
     other = [g for g in others if g[0].h.get('SeriesInstanceUID') != uid]
-    odd = [s for g in groups if g is not best and g[0].h.get('SeriesInstanceUID') == uid for s in g]
+    odd = [g for g in others if g[0].h.get('SeriesInstanceUID') == uid]
     if other:
         why = next((why for why, rank in ranks if rank(best) != rank(other[0])), 'it comes first')  # the best of the others
         notes.append(f'more than one series in the folder: took {_series(best)}, because {why}; '
                      f'left out {", ".join(map(_series, other[:4]))}{f" and {len(other)-4} more" if len(other) > 4 else ""}')
-    if odd: notes.append(f'kept the {len(best)} slices of {best[0].size[0]}x{best[0].size[1]} pixels, left out {len(odd)} '
-                         f'of another size, spacing or orientation: {_names(odd)}')
+    for g in odd:
+        what = [k for k, alike in _ALIKE.items() if not alike(best[0], g[0])] or ['acquisition']
+        notes.append(f'kept the {len(best)} slices of {best[0].size[0]}x{best[0].size[1]} pixels, left out {len(g)} of another {" and ".join(what)}: {_names(g)}')
     return best
 
 def _place(slices, notes):
@@ -243,14 +289,19 @@ def _place(slices, notes):
     if slices[0].orientation is None:
         notes.append('no orientation in the files; taken for axial')
         for s in slices: s.orientation = (1., 0, 0, 0, 1, 0)
-    if slices[0].position is not None: return
-    step = slices[0].thickness or 1.
+    if slices[0].position is not None:
+        if len(slices) < 4 or len({tuple(np.round(s.position, 2)) for s in slices}) > len(slices)/2: return
+        same = 'the same position in most files, so not used'
+    else: same = 'no positions in the files'
+    step, normal = slices[0].thickness or 1., slices[0].normal
+    normal = normal*np.sign(normal[np.abs(normal).argmax()])   # to the left, the back, or the head
     distinct = lambda k: len({getattr(s, k) for s in slices} - {None}) == len(slices)
     by = next((k for k in ('location', 'instance') if distinct(k)), None)
-    says = dict(location='slice location', instance='instance number, head first').get(by, 'file name, head first')
-    notes.append(f'no positions in the files; ordered by {says}')
+    says = dict(location='slice location', instance='instance number').get(by, 'file name')
+    if by != 'location': says += ', head first' if slices[0].axial else ', from the right' if abs(normal[0]) > .7 else ', from the front'
+    notes.append(f'{same}; ordered by {says}')
     for k, s in enumerate(sorted(slices, key=lambda s: getattr(s, by) if by else _natural(s.path))):
-        s.position = np.array([0, 0, s.location if by == 'location' else -k*step])
+        s.position = normal*(s.location if by == 'location' else -k*step if s.axial else k*step)
 
 def _stack(slices, notes):
     "Slices in order of position, the other ones at the same place for each."
@@ -334,12 +385,23 @@ def read_series(
     "Read a study as one CT volume; raises a `DicomError` that says what is wrong with it."
     folder, notes = Path(folder), []
     if not folder.exists(): raise EmptyFolder(f'There is no folder {folder}; give a folder of DICOM files.')
-    files = study_files(folder)
+    if not (folder.is_dir() or folder.is_file()): raise EmptyFolder(f'{folder} is neither a folder nor a file; give a folder of DICOM files.')
+    for table in ('train.csv', 'test.csv'):
+        if (folder/table).exists(): raise EmptyFolder(f'{folder} holds {table}, so it is a data set; give the folder of one study in it.')
+    try: files = study_files(folder)
+    except OSError as e: raise EmptyFolder(f'{e.filename} cannot be listed ({e.strerror}); give a folder that you may read.') from None
     if not files: raise EmptyFolder(f'{folder} holds no files; give a folder of DICOM files.')
-    if all(map(_is_nifti, files)):
-        if len(files) > 1: raise NiftiError(f'{folder} holds {len(files)} NIfTI files ({_names(files)}); give one of them.')
-        return _read_nifti(files[0])
-    slices = _pick_group(_find_slices(folder, files, notes), folder, notes)
+    nifti = [p for p in files if _is_nifti(p)]
+    files = [p for p in files if p not in nifti]
+    try: found = _find_slices(folder, files, notes) if files else []
+    except DicomError:
+        if not nifti: raise
+        found = []
+    if not found:
+        if len(nifti) > 1: raise NiftiError(f'{folder} holds {len(nifti)} NIfTI files ({_names(nifti)}); give one of them.')
+        return _read_nifti(nifti[0])
+    if nifti: notes.append(f'left out {_plural(len(nifti), "NIfTI file")} beside the slices: {_names(nifti)}')
+    slices = _pick_group(found, folder, notes)
     _place(slices, notes)
     stack, first = _stack(slices, notes), slices[0]
     a, keep, said = lay_out([same[0].name for same in stack], [same[0].position for same in stack], first.orientation,
@@ -351,7 +413,9 @@ def read_series(
     _notes_on_values([same[0] for same in stack if 'cut' not in same[0].h], notes)
     affine, shape, acquired = standardize(a.affine, a.shape)
     hu = np.empty(shape, 'i2')
-    with ThreadPoolExecutor(workers or min(8, _cores())) as pool: _fill(acquired(hu), a, stack, pool, folder, notes)
+    with ThreadPoolExecutor(max(1, workers or min(8, _cores()))) as pool: _fill(acquired(hu), a, stack, pool, folder, notes)
+    some = hu[::4, ::8, ::8]
+    if (some < -1500).mean() > .02 and (hu < -1500).mean() > .02: notes.append(f'values down to {some.min()} HU: padding that the files do not declare; left as it is')
     return Volume(hu, affine + 0., first.h.get('StudyInstanceUID') or folder.name, notes, a)  # + 0.: no -0 in print
 
 _AT_ONCE = 32   # slices in memory beside the volume
@@ -378,7 +442,7 @@ def _fill(view, a, stack, pool, folder, notes):
         for k in progress(in_order(), 'decoding slices', total=n):
             if k not in bad: fill(last, k); between.pop(last, None); last = k; continue
             why.append(bad[k])
-            if len(why) > .1*n: raise DamagedSeries(f'at least {len(why)} of {_plural(n, "slice")} in {folder} cannot be '
+            if len(why) > _SPOILED*n: raise DamagedSeries(f'at least {len(why)} of {_plural(n, "slice")} in {folder} cannot be '
                                                     f'decoded: {"; ".join(why[:3])}. Copy the study again.')
         fill(last, None)
     if why: notes.append(f'{_plural(len(why), "damaged slice")} filled from the neighbours: {"; ".join(why[:3])}')

@@ -71,6 +71,7 @@ def judge(folder, volume, n=40, seed=0):
 
 EVEN = -1.2*np.arange(30)
 HEAD = np.r_[-1.*np.arange(20), -19 - 2.3*np.arange(1, 13)]          # fine below the skull, coarse above
+TOUCHING = np.r_[-1.*np.arange(20), -20.5 - 2*np.arange(12)]         # 1 mm thick, then 2 mm: the coarse ones lie on half steps of the fine
 KINDS = dict(  # how it was acquired -> (arguments, largest error in HU, words of the notes)
     straight=(dict(heights=EVEN), .51, []),
     turned_head=(dict(heights=EVEN, turn=rotation(2, 12) @ rotation(1, 7)), .51, []),
@@ -87,7 +88,10 @@ KINDS = dict(  # how it was acquired -> (arguments, largest error in HU, words o
     out_of_line=(dict(heights=EVEN, drift=np.random.default_rng(0).uniform(-3, 3, (30, 2))), 4, ['out of line']),
     head=(dict(heights=HEAD), 12, ['uneven spacing: 1.00 to 2.30 mm; evened to 1.00 mm']),
     head_tilted=(dict(heights=HEAD, tilt=18), 12, ['tilted gantry, 18.0', 'uneven spacing']),
+    touching=(dict(heights=TOUCHING), .51, ['uneven spacing: 1.00 to 2.00 mm; evened to 0.50 mm']),
+    touching_tilted=(dict(heights=TOUCHING, tilt=-18), 3, ['tilted gantry, 18.0', 'uneven spacing']),
     jittered=(dict(heights=EVEN + np.random.default_rng(1).uniform(-.35, .35, 30)), 12, ['uneven spacing']),
     gap=(dict(heights=np.delete(EVEN, [7, 8])), .51, ['gap of 3.60 mm']),
     one_digit=(dict(heights=-.625*np.arange(40), digits=1), 3, []),
+    one_digit_tilted=(dict(heights=-.625*np.arange(40), digits=1, tilt=18), 8, ['tilted gantry, 18']),
 )

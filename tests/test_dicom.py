@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -8,8 +9,8 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from cspine.ctfile import LOSSY, SYNTAXES
-from cspine.dicom import (DamagedSeries, DicomError, EmptyFolder, NiftiError, NoDicom, NoSeries, NotCT, read_series,
-                          write_series)
+from cspine.dicom import (DamagedSeries, DicomError, EmptyFolder, NiftiError, NoDicom, NoPixels, NoSeries, NotCT,
+                          read_series, write_series)
 from cspine.presets import CspineError
 
 # HU by which a lossy syntax may change a value of `block` or `smooth`; jpeg_baseline has 17 HU a step
@@ -316,7 +317,7 @@ def test_of_several_series_the_one_with_most_axial_slices(series, tmp_path):
 
 
 @pytest.mark.parametrize('ours, theirs, why', [
-    (dict(SeriesDescription='C-SPINE BONE'), dict(SeriesDescription='HEAD 1.0'), "series 7 'C-SPINE BONE' (12 slices of 20x16), because its description names the neck"),
+    (dict(SeriesDescription='C-SPINE BONE'), dict(SeriesDescription='HEAD 1.0'), "series 7 'C-SPINE BONE' (12 slices of 20x16), because the others name another part of the body"),
     (dict(BodyPartExamined='NECK'), {}, 'because its description names the neck'),
     ({}, dict(ProtocolName='Chest routine'), 'because the others name another part of the body'),
     ({}, dict(ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER']), 'because the others are scouts')])
@@ -327,6 +328,33 @@ def test_the_series_that_is_the_neck_is_taken_and_why(tmp_path, ours, theirs, wh
         shutil.copy(p, folder/f'b{p.name}')
     note, = same(read_series(folder), hu, affine).notes
     assert why in note and 'left out series 1' in note and '(24 slices' in note
+
+
+@pytest.mark.parametrize('ours, theirs, n, why', [
+    # words do not make one slice a volume, nor a projection or a reformat the scan
+    (dict(SeriesDescription='AX 0.625 BONE'), dict(SeriesDescription='Neck Monitoring'), 1, 'the others are a few slices only'),
+    (dict(BodyPartExamined='HEAD'), dict(SeriesDescription='Monitoring'), 1, 'the others are a few slices only'),
+    (dict(SeriesDescription='C-SPINE'), dict(SeriesDescription='C-SPINE thin', ImageType=['DERIVED', 'SECONDARY', 'AXIAL', 'MIP']), 24, 'the others are projections'),
+    (dict(SeriesDescription='C-SPINE'), dict(SeriesDescription='C-SPINE', ImageType=['DERIVED', 'SECONDARY', 'AXIAL']), 24, 'the others are derived'),
+    # a word that goes on counts, the end of another does not
+    (dict(SeriesDescription='05_HWS_Trauma 1.0'), dict(SeriesDescription='Polytrauma 1.0'), 24, 'its description names the neck'),
+    (dict(SeriesDescription='AXIAL SPINE BONE'), dict(SeriesDescription='LUMBAR'), 24, 'the others name another part of the body'),
+    (dict(SeriesDescription='C SPINE'), dict(SeriesDescription='THORACIC SPINE'), 24, 'the others name another part of the body')])
+def test_words_decide_after_what_the_slices_are(tmp_path, ours, theirs, n, why):
+    hu, affine = block()
+    folder = write_series(hu, affine, tmp_path/'a', series=dict(SeriesNumber=7) | ours)
+    for p in write_series(np.resize(hu, (n, *hu.shape[1:])) + 1, affine, tmp_path/'b', series=theirs).iterdir():
+        shutil.copy(p, folder/f'b{p.name}')
+    note, = same(read_series(folder), hu, affine).notes
+    assert f'because {why}' in note and 'took series 7' in note
+
+
+def test_an_axial_series_before_its_sagittal_reformat(tmp_path):
+    hu, affine = block()
+    folder = write_series(hu, affine, tmp_path/'a', series=dict(SeriesDescription='AX 0.625 BONE'))
+    for p in write_series(hu.transpose(2, 0, 1), affine[:, [2, 0, 1, 3]], tmp_path/'b', series=dict(SeriesDescription='SAG C-SPINE MPR')).iterdir():
+        shutil.copy(p, folder/f'b{p.name}')
+    assert 'because it is axial' in same(read_series(folder), hu, affine).notes[0]
 
 
 def test_a_few_axial_slices_are_not_the_series(tmp_path):
@@ -502,3 +530,163 @@ def test_nifti_in_a_folder_scaled_and_refused(tmp_path):
     (tmp_path/'huge.nii').write_bytes(huge)
     with pytest.raises(NiftiError, match='header is damaged'):
         read_series(tmp_path/'huge.nii')
+
+
+# what archives, disks and anonymisers make of a study
+
+def edited(folder, change, only=lambda k: True):
+    """Every file of a series, changed in place: `change(data set, number)`."""
+    for k, p in enumerate(sorted(folder.iterdir(), key=lambda p: int(p.stem))):
+        ds = pydicom.dcmread(p)
+        if only(k): change(ds, k); ds.save_as(p)
+    return folder
+
+
+def drop(*names):
+    def change(ds, k):
+        for name in names: delattr(ds, name)
+    return change
+
+
+@pytest.mark.parametrize('beside', ['README.TXT', 'DICOMDIR', '.DS_Store', '__MACOSX/._1.dcm', 'S1/.hidden.dcm'])
+def test_slices_below_the_folder_are_found_whatever_lies_beside_them(tmp_path, beside):
+    hu, affine = block()
+    write_series(hu, affine, tmp_path/'study/S1')
+    path = tmp_path/'study'/beside
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('no slice')
+    volume = same(read_series(tmp_path/'study'), hu, affine)
+    assert all(beside in n for n in volume.notes) and len(volume.notes) == (beside in ('README.TXT', 'DICOMDIR'))
+
+
+def test_a_linked_folder_is_followed_and_a_circle_is_not(tmp_path):
+    hu, affine = block()
+    write_series(hu, affine, tmp_path/'elsewhere/S1')
+    (tmp_path/'study').mkdir()
+    (tmp_path/'study/S1').symlink_to(tmp_path/'elsewhere/S1')
+    (tmp_path/'elsewhere/S1/again').symlink_to(tmp_path/'study')
+    assert same(read_series(tmp_path/'study'), hu, affine).notes == []
+
+
+def test_a_data_set_is_no_study(tmp_path):
+    write_series(*block(), tmp_path/'train_images/1.2')
+    (tmp_path/'train.csv').write_text('StudyInstanceUID')
+    with pytest.raises(EmptyFolder, match='holds train.csv, so it is a data set; give the folder of one study'): read_series(tmp_path)
+
+
+def test_a_listing_that_fails_is_said(tmp_path, monkeypatch):
+    def walk(top, onerror, **kw):
+        onerror(PermissionError(13, 'Permission denied', f'{top}/S1'))
+        yield
+    monkeypatch.setattr('os.walk', walk)
+    with pytest.raises(EmptyFolder, match=r'S1 cannot be listed \(Permission denied\)'): read_series(tmp_path)
+
+
+@pytest.mark.skipif(not Path('/dev/null').exists(), reason='no such device')
+def test_a_device_is_no_study():
+    with pytest.raises(EmptyFolder, match='neither a folder nor a file'): read_series('/dev/null')
+
+
+def test_a_nifti_beside_its_side_files(tmp_path):
+    import nibabel as nib
+    hu, affine = block()
+    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-1., -1, 1, 1]) @ affine[:, [2, 1, 0, 3]]), tmp_path/'ct.nii.gz')
+    (tmp_path/'ct.json').write_text('{}')
+    same(read_series(tmp_path), hu, affine)
+    write_series(hu + 1, affine, tmp_path/'dicom')
+    volume = same(read_series(tmp_path), hu + 1, affine)
+    assert 'left out 1 NIfTI file beside the slices: ct.nii.gz' in volume.notes
+
+
+def test_two_kernels_in_one_series_are_not_woven_together(tmp_path):
+    hu, affine = block((20, 20, 16))
+    folder = write_series(hu, affine, tmp_path/'a', series=dict(ConvolutionKernel='H60s'))
+    thick = affine.copy(); thick[:3, 0] *= 1.5
+    for p in write_series(hu[:12] + 5, thick, tmp_path/'b', series=dict(ConvolutionKernel='H30s')).iterdir():
+        ds = pydicom.dcmread(p); ds.SeriesInstanceUID = pydicom.dcmread(folder/'1.dcm').SeriesInstanceUID; ds.save_as(folder/f'9{p.name}')
+    note, = same(read_series(folder), hu, affine).notes
+    assert 'left out 12 of another kernel' in note
+
+
+def test_two_phases_in_one_series_are_not_woven_together(tmp_path):
+    hu, affine = block((20, 20, 16))
+    folder = write_series(hu, affine, tmp_path/'a', series=dict(AcquisitionNumber=1))
+    later = affine.copy(); later[:3, 3] += .4*affine[:3, 0]
+    for p in write_series(hu + 300, later, tmp_path/'b', series=dict(AcquisitionNumber=2)).iterdir():
+        ds = pydicom.dcmread(p); ds.SeriesInstanceUID = pydicom.dcmread(folder/'1.dcm').SeriesInstanceUID; ds.save_as(folder/f'9{p.name}')
+    note, = same(read_series(folder), hu, affine).notes
+    assert 'left out 20 of another acquisition' in note
+
+
+def test_an_acquisition_for_each_turn_of_the_tube_is_one_series(tmp_path):
+    hu, affine = block((40, 20, 16))
+    def turn(ds, k): ds.AcquisitionNumber = 1 + k//13
+    assert same(read_series(edited(write_series(hu, affine, tmp_path), turn)), hu, affine).notes == []
+
+
+@pytest.mark.parametrize('axes', [[2, 0, 1], [1, 0, 2]])
+def test_without_positions_slices_lie_along_their_normal(tmp_path, axes):
+    "The place in the plane is lost, the order is not."
+    hu, affine = block()
+    folder = write_series(hu.transpose(axes), affine[:, [*axes, 3]], tmp_path)
+    def change(ds, k): ds.SliceLocation = float(affine[:3, axes[0]] @ np.r_[affine[:3, axes[0]]]*k/np.linalg.norm(affine[:3, axes[0]])); del ds.ImagePositionPatient
+    volume = read_series(edited(folder, change))
+    assert (volume.hu == hu).all() and np.allclose(volume.spacing, np.linalg.norm(affine[:3, :3], axis=0))
+    assert volume.notes == ['no positions in the files; ordered by slice location']
+
+
+def test_a_tilt_without_positions_is_not_made_up(tmp_path):
+    hu, affine = block()
+    def change(ds, k):
+        ds.ImageOrientationPatient, ds.SliceLocation = [1, 0, 0, 0, .95533649, .29552021], -float(k); del ds.ImagePositionPatient
+    volume = read_series(edited(write_series(hu, affine, tmp_path), change))
+    assert (volume.hu == hu).all() and volume.notes == ['no positions in the files; ordered by slice location']
+
+
+def test_one_position_for_all_slices_is_none(tmp_path):
+    hu, affine = block()
+    def change(ds, k): ds.SliceLocation, ds.ImagePositionPatient = -1.5*k, [0, 0, 0]
+    volume = read_series(edited(write_series(hu, affine, tmp_path), change))
+    assert (volume.hu == hu).all() and volume.notes == ['the same position in most files, so not used; ordered by slice location']
+
+
+def test_a_stray_with_a_position_does_not_cost_the_series(tmp_path):
+    hu, affine = block()
+    folder = edited(write_series(hu, affine, tmp_path/'a'), drop('ImagePositionPatient'))
+    shutil.copy(write_series(hu[:1], affine, tmp_path/'b')/'1.dcm', folder/'x.dcm')
+    volume = read_series(folder)
+    assert (volume.hu == hu).all() and 'because the others are a few slices only' in volume.notes[0]
+
+
+def test_a_series_for_every_slice_is_one(tmp_path):
+    hu, affine = block()
+    def change(ds, k): ds.SeriesInstanceUID = f'1.2.3.{k}'
+    volume = same(read_series(edited(write_series(hu, affine, tmp_path), change)), hu, affine)
+    assert volume.notes == ['each of the 12 slices names a series of its own; taken as one']
+
+
+def test_a_slice_without_orientation_takes_that_of_the_others(tmp_path):
+    hu, affine = block()
+    folder = edited(write_series(hu, affine, tmp_path), drop('ImageOrientationPatient'), only=lambda k: k == 6)
+    note, = same(read_series(folder), hu, affine).notes
+    assert note == "1 slice without an orientation; took the other slices': 7.dcm"
+
+
+def test_half_a_series_destroyed_is_no_series(tmp_path):
+    folder = write_series(*block(), tmp_path)
+    for k in range(1, 12, 2):
+        p = folder/f'{k}.dcm'
+        p.write_bytes(p.read_bytes()[:700] if k % 4 == 1 else b'')
+    with pytest.raises(DamagedSeries, match='6 of 12 files in .* are damaged'): read_series(folder)
+
+
+def test_no_pixel_spacing_is_not_called_damage(tmp_path):
+    with pytest.raises(NoPixels, match='has no pixel spacing'):
+        read_series(edited(write_series(*block(), tmp_path), drop('PixelSpacing')))
+
+
+def test_values_far_below_air_are_said(tmp_path):
+    hu, affine = block()
+    hu[:, :, :4] = -3024
+    note, = same(read_series(write_series(hu, affine, tmp_path)), hu, affine).notes
+    assert note == 'values down to -3024 HU: padding that the files do not declare; left as it is'
