@@ -212,6 +212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cspine.dicom._names': ('dicom.html#_names', 'cspine/dicom.py'),
                               'cspine.dicom._natural': ('dicom.html#_natural', 'cspine/dicom.py'),
                               'cspine.dicom._notes_on_values': ('dicom.html#_notes_on_values', 'cspine/dicom.py'),
+                              'cspine.dicom._of_bone': ('dicom.html#_of_bone', 'cspine/dicom.py'),
                               'cspine.dicom._pad': ('dicom.html#_pad', 'cspine/dicom.py'),
                               'cspine.dicom._pick_group': ('dicom.html#_pick_group', 'cspine/dicom.py'),
                               'cspine.dicom._place': ('dicom.html#_place', 'cspine/dicom.py'),

@@ -8,6 +8,7 @@ __all__ = ['Volume', 'DicomError', 'EmptyFolder', 'NoDicom', 'NoPixels', 'NoSeri
 
 # %% ../nbs/01_dicom.ipynb #17d30fbe
 import hashlib, os, re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -220,6 +221,8 @@ def _series(g):
     said = printable(g[0].h.get('SeriesDescription') or '')
     return f'series {g[0].number:g}{f" {said!r}" if said else ""} ({_plural(len(g), "slice")} of {g[0].size[0]}x{g[0].size[1]})'
 
+def _of_bone(g): return bool(re.search('bone|knochen', f"{g[0].h.get('SeriesDescription')} {g[0].h.get('ConvolutionKernel')}", re.I))
+
 def _types(s): return set(s.h.get('ImageType', '').upper().split('\\'))
 
 # what the slices of one volume share, and whether two of them do
@@ -269,7 +272,7 @@ def _pick_group(slices, folder, notes):
     ranks = [('the others are scouts', lambda g: not scout(g)), ('the others are a few slices only', lambda g: len(g) >= enough),
              ('the others are projections', lambda g: not _types(g[0]) & _MADE_UP), ('the others name another part of the body', lambda g: _says_neck(g) >= 0),
              ('it is axial', lambda g: g[0].axial), ('its description names the neck', lambda g: _says_neck(g) > 0),
-             ('the others are derived', lambda g: 'DERIVED' not in _types(g[0])), ('it has the most slices', len),
+             ('the others are derived', lambda g: 'DERIVED' not in _types(g[0])), ('it has the most slices', len), ('it is of a bone kernel', _of_bone),
              ('it has the lowest series number', lambda g: -g[0].number), ('it was acquired first', lambda g: -g[0].acquisition)]
     best, *others = sorted(groups, key=lambda g: [rank(g) for _, rank in ranks], reverse=True)
     uid = best[0].h.get('SeriesInstanceUID')
@@ -290,7 +293,8 @@ def _place(slices, notes):
         notes.append('no orientation in the files; taken for axial')
         for s in slices: s.orientation = (1., 0, 0, 0, 1, 0)
     if slices[0].position is not None:
-        if len(slices) < 4 or len({tuple(np.round(s.position, 2)) for s in slices}) > len(slices)/2: return
+        most = Counter(tuple(np.round(s.position, 2)) for s in slices).most_common(1)[0][1]
+        if len(slices) < 4 or most <= len(slices)/2: return
         same = 'the same position in most files, so not used'
     else: same = 'no positions in the files'
     step, normal = slices[0].thickness or 1., slices[0].normal

@@ -336,6 +336,7 @@ def test_the_series_that_is_the_neck_is_taken_and_why(tmp_path, ours, theirs, wh
     (dict(BodyPartExamined='HEAD'), dict(SeriesDescription='Monitoring'), 1, 'the others are a few slices only'),
     (dict(SeriesDescription='C-SPINE'), dict(SeriesDescription='C-SPINE thin', ImageType=['DERIVED', 'SECONDARY', 'AXIAL', 'MIP']), 24, 'the others are projections'),
     (dict(SeriesDescription='C-SPINE'), dict(SeriesDescription='C-SPINE', ImageType=['DERIVED', 'SECONDARY', 'AXIAL']), 24, 'the others are derived'),
+    (dict(SeriesDescription='C-SPINE BONE'), dict(SeriesDescription='C-SPINE', SeriesNumber=2), 12, 'it is of a bone kernel'),
     # a word that goes on counts, the end of another does not
     (dict(SeriesDescription='05_HWS_Trauma 1.0'), dict(SeriesDescription='Polytrauma 1.0'), 24, 'its description names the neck'),
     (dict(SeriesDescription='AXIAL SPINE BONE'), dict(SeriesDescription='LUMBAR'), 24, 'the others name another part of the body'),
@@ -648,6 +649,14 @@ def test_one_position_for_all_slices_is_none(tmp_path):
     def change(ds, k): ds.SliceLocation, ds.ImagePositionPatient = -1.5*k, [0, 0, 0]
     volume = read_series(edited(write_series(hu, affine, tmp_path), change))
     assert (volume.hu == hu).all() and volume.notes == ['the same position in most files, so not used; ordered by slice location']
+
+
+def test_every_slice_twice_is_still_placed(tmp_path):
+    hu, affine = block()
+    folder = write_series(hu, affine, tmp_path)
+    for k in range(1, 13): shutil.copy(folder/f'{k}.dcm', folder/f'{k}_copy.dcm')
+    note, = same(read_series(folder), hu, affine).notes
+    assert note.startswith('left out 12 slices at a position that another holds')
 
 
 def test_a_stray_with_a_position_does_not_cost_the_series(tmp_path):
