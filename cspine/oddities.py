@@ -119,14 +119,8 @@ def _mixed_sizes(folder, rng):
     A = np.array([(0, 0, 3., -90), (0, 3., 0, -90), (-2, 0, 0, 500), (0, 0, 0, 1.)])
     _beside(folder, 'small', rng.normal(0, 100, (3, 48, 48)), A, SeriesInstanceUID=first.SeriesInstanceUID)
 
-def _no_image(folder, rng):
-    "A dose report, a note on key images, the index of the disk, a letter."
-    first = pydicom.dcmread(_slices(folder)[0], stop_before_pixels=True)
-    for name, uid, modality in (('dose.dcm', '1.2.840.10008.5.1.4.1.1.88.67', 'SR'), ('key.dcm', '1.2.840.10008.5.1.4.1.1.88.59', 'KO')):
-        ds = Dataset()
-        ds.file_meta = first.file_meta
-        ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality, ds.StudyInstanceUID = uid, f'{first.SOPInstanceUID[:60]}.9', modality, first.StudyInstanceUID
-        ds.save_as(folder/name, enforce_file_format=True)
+def _index(folder):
+    "The index of a disk."
     from pydicom.fileset import FileSet
     with tempfile.TemporaryDirectory() as tmp:
         disk = FileSet()
@@ -136,6 +130,37 @@ def _no_image(folder, rng):
         disk.add(indexed)
         disk.write(tmp)
         shutil.copy(Path(tmp)/'DICOMDIR', folder)
+
+def _disk(folder, rng):
+    "As a disk has it: the index above, the slices two folders down."
+    _index(folder)
+    (folder/'DICOM/S1').mkdir(parents=True)
+    for p in _slices(folder): p.rename(folder/'DICOM/S1'/p.name)
+
+def _twice(name, **differs):
+    "The same place once more under the same series number, half a slice further."
+    def files(folder, rng):
+        slices = [pydicom.dcmread(p) for p in _slices(folder)]
+        step = (np.array(slices[-1].ImagePositionPatient, float) - slices[0].ImagePositionPatient)/max(len(slices) - 1, 1)
+        for k, ds in enumerate(slices[:-1]):
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f'{ds.SOPInstanceUID[:55]}.{k + 1}'
+            ds.ImagePositionPatient = [f'{v:.6f}' for v in np.array(ds.ImagePositionPatient, float) + step/2]
+            for key, value in differs.items(): setattr(ds, key, value)
+            ds.save_as(folder/f'{name}{k + 1}.dcm')
+    return files
+
+def _series_each(folder, rng):
+    for k, p in enumerate(_slices(folder)): _edit(p, SeriesInstanceUID=f'1.2.826.0.1.3680043.22.{k + 1}')
+
+def _no_image(folder, rng):
+    "A dose report, a note on key images, the index of the disk, a letter."
+    first = pydicom.dcmread(_slices(folder)[0], stop_before_pixels=True)
+    for name, uid, modality in (('dose.dcm', '1.2.840.10008.5.1.4.1.1.88.67', 'SR'), ('key.dcm', '1.2.840.10008.5.1.4.1.1.88.59', 'KO')):
+        ds = Dataset()
+        ds.file_meta = first.file_meta
+        ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality, ds.StudyInstanceUID = uid, f'{first.SOPInstanceUID[:60]}.9', modality, first.StudyInstanceUID
+        ds.save_as(folder/name, enforce_file_format=True)
+    _index(folder)
     (folder/'letter.txt').write_text('Dear colleague, please find the scan enclosed.\n'*20)
 
 def _screenshot(folder, rng):
@@ -250,6 +275,10 @@ ODDITIES = dict(
     screenshot=Oddity('a screenshot in the folder', 'secondary capture', files=_screenshot),
     other_series=Oddity('a chest series in the folder', "took series 2 'C-SPINE 1.0 BONE'", files=_other_series),
     mixed_sizes=Oddity('three slices of another matrix in the series', 'left out 3 of another size', files=_mixed_sizes),
+    disk=Oddity('slices two folders down, beside the index of a disk', 'left out 1 file: DICOMDIR is a DICOMDIR', files=_disk),
+    two_kernels=Oddity('another kernel under the same series number', 'of another kernel', files=_twice('soft', ConvolutionKernel='SOFT')),
+    two_phases=Oddity('another phase of contrast under the same series number', 'of another acquisition', files=_twice('late', AcquisitionNumber=2)),
+    series_each=Oddity('a series number for every slice', 'names a series of its own; taken as one', files=_series_each),
     monochrome1=Oddity('photometric interpretation MONOCHROME1', 'MONOCHROME1', series=dict(PhotometricInterpretation='MONOCHROME1')),
     padding=Oddity('padding of -3024 HU outside the round field', slices=_padded,
                    series=dict(PixelRepresentation=1, RescaleIntercept=0, PixelPaddingValue=-3024)),
