@@ -69,6 +69,7 @@ _TAGS = {0x00080008: 'ImageType', 0x00080016: 'SOPClassUID', 0x00080060: 'Modali
 _WORDS = {'SamplesPerPixel', 'Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
           'PixelPaddingValue', 'PixelPaddingRangeLimit'}
 _LONG = {b'OB', b'OD', b'OF', b'OL', b'OV', b'OW', b'SQ', b'SV', b'UC', b'UN', b'UR', b'UT', b'UV'} # PS3.5, 7.1.2
+_NO_VR = {b'\0\0', b'??', b'--', b'  '} # what writers put that know none; the length is the short one
 _PIXELS, _ITEM, _ITEM_END, _SEQUENCE_END, _UNDEFINED = 0x7FE00010, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD, 0xFFFFFFFF
 _INFLATED = 1 << 29     # bytes that a deflated file may grow to
 _HEADER = 1 << 14       # bytes that hold most headers
@@ -89,7 +90,7 @@ class _Reader:
             group, element, vr, length = self.short(self.buf, i)
             if group != 0xFFFE:
                 if vr not in _LONG:
-                    if not vr.isalpha(): raise ValueError(f'no value representation at byte {i}')
+                    if not vr.isalpha() and vr not in _NO_VR: raise ValueError(f'no value representation at byte {i}')
                     return group << 16 | element, vr, length, i + 8
                 if i + 12 > self.n: raise _CutOff
                 return group << 16 | element, vr, self.long(self.buf, i + 8)[0], i + 12
@@ -157,14 +158,15 @@ def _inflate(buf, i):
     if d.unconsumed_tail: raise ValueError('more than it can hold')
     return out
 
-def _header_pydicom(path):
-    "The same by pydicom, for what `_header` does not follow."
+def _header_pydicom(path, why):
+    "The same by pydicom, for what `_header` does not follow; `why` it does not."
     import pydicom
     ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS.values()))
     h = {k: ds.get(k) for k in _TAGS.values() if ds.get(k) is not None}
     h = {k: int(v) if k in _WORDS else '\\'.join(map(str, v)) if isinstance(v, (list, pydicom.multival.MultiValue))
          else str(v) for k, v in h.items()}
-    return h | dict(syntax=str(ds.file_meta.get('TransferSyntaxUID', SYNTAXES['implicit'])), pydicom=True)
+    h['syntax'] = str(ds.file_meta.get('TransferSyntaxUID', SYNTAXES['implicit']))
+    return h | dict(pydicom=why) | (dict(big=True) if h['syntax'] == SYNTAXES['big_endian'] else {})
 
 # %% ../nbs/01_ctfile.ipynb #f9cffe3f
 class Unusable(Exception):
@@ -234,14 +236,15 @@ def read_header(
     except OSError as e: raise Unusable(f'cannot be opened ({e.strerror})') from e
     except _CutOff: raise Unusable('is cut off in its header') from None
     except Unusable: raise
-    except Exception:  # a header that our parser does not follow: whatever pydicom then says about it is the reason
-        try: h = _header_pydicom(path)
+    except Exception as ours:  # a header that our parser does not follow: what pydicom then says about it counts
+        try: h = _header_pydicom(path, str(ours) or type(ours).__name__)
         except Exception as e: raise Unusable(f'has a damaged header ({type(e).__name__})') from e
     if 'cut' in h and not (h.get('Rows') and (h.get('PixelSpacing') or h.get('NumberOfFrames'))):
         raise Unusable('is cut off in its header')
     modality = h.get('Modality') or ('CT' if h.get('SOPClassUID') in _CT_CLASSES else '')
     if h.get('SOPClassUID') in _NO_IMAGE: raise Unusable(f'is {_NO_IMAGE[h["SOPClassUID"]]}', 'no image')
     if not h.get('Rows') or not h.get('Columns'):
+        if 'pydicom' in h and modality not in _NO_IMAGE_OF: raise Unusable(f'has a damaged header ({h["pydicom"]})') # it stopped early
         raise Unusable(_NO_IMAGE_OF.get(modality, 'holds no image'), 'no image')
     if max(h['Rows'], h['Columns']) > _SIDE: raise Unusable(f'has a damaged header ({h["Rows"]} x {h["Columns"]} pixels)')
     if (h.get('SOPClassUID') or '').startswith('1.2.840.10008.5.1.4.1.1.7'): raise Unusable('is a secondary capture (a screenshot)', 'picture')

@@ -9,11 +9,12 @@ import sys
 import time
 
 import numpy as np
+import pydicom
 import pytest
 from test_dicom import block, edit, same
 
 import cspine.ctfile as ctfile
-from cspine.ctfile import SYNTAXES, Damaged, Decoders, encode_frame, read_header, stream_size
+from cspine.ctfile import LOSSY, SYNTAXES, Damaged, Decoders, encode_frame, read_header, stream_size
 from cspine.dicom import DamagedSeries, NoPixels, NoSeries, read_series, write_series
 from cspine.oddities import write_enhanced
 
@@ -128,6 +129,45 @@ def test_bytes_without_preamble_and_the_wrong_encoding(tmp_path):
         i = b.index(uid)
         p.write_bytes(b[:i] + SYNTAXES['implicit'].encode().ljust(len(uid) + 1, b'\0') + b[i + len(uid) + 1:])
     same(read_series(folder), hu, affine)
+
+
+def without_a_vr(folder, vr):
+    "Give every file of a series a private element with these two bytes for a value representation."
+    for p in folder.iterdir():
+        ds = pydicom.dcmread(p)
+        e = '>' if ds.file_meta.TransferSyntaxUID == SYNTAXES['big_endian'] else '<'
+        ds.add_new(0x00090010, 'LO', 'SOMEBODY')
+        ds.add_new(0x00091001, 'LO', 'abcd')
+        ds.save_as(p)
+        b, tag = p.read_bytes(), struct.pack(f'{e}HH', 9, 0x1001)
+        assert b.count(tag + b'LO') == 1
+        p.write_bytes(b.replace(tag + b'LO', tag + vr))
+    return folder
+
+
+@pytest.mark.parametrize('vr', [b'\0\0', b'??', b'--', b'  '])
+@pytest.mark.parametrize('syntax', ['explicit', 'big_endian', 'jpeg_lossless'])
+def test_an_element_without_a_value_representation(tmp_path, syntax, vr):
+    hu, affine = block((2, 9, 8))
+    folder = without_a_vr(write_series(hu, affine, tmp_path, syntax=syntax), vr)
+    assert same(read_series(folder), hu, affine).notes == []
+
+
+def test_a_value_representation_that_nobody_knows_is_damage(tmp_path):
+    folder = without_a_vr(write_series(*block((1, 9, 8)), tmp_path), b'A1')
+    at = (folder / '1.dcm').read_bytes().index(struct.pack('<HH', 9, 0x1001))
+    with pytest.raises(DamagedSeries, match=f'1.dcm has a damaged header .no value representation at byte {at}.'):
+        read_series(folder)
+
+
+@pytest.mark.parametrize('syntax', [s for s in SYNTAXES if s not in LOSSY])
+def test_what_pydicom_has_to_read_is_as_exact(tmp_path, syntax, monkeypatch):
+    def lost(*args):
+        raise ValueError('somewhere')
+    hu, affine = block((2, 33, 21))
+    write_series(hu, affine, tmp_path, syntax=syntax)
+    monkeypatch.setattr(ctfile, '_header', lost)
+    assert same(read_series(tmp_path), hu, affine).notes == []
 
 
 def test_ten_thousand_mutated_files(tmp_path):
