@@ -180,6 +180,7 @@ class Damaged(Exception): "Pixels that are not all there or do not decode."
 _CT_CLASSES = ('1.2.840.10008.5.1.4.1.1.2', '1.2.840.10008.5.1.4.1.1.2.1', '1.2.840.10008.5.1.4.1.1.2.2')
 _SIDE = 8192            # rows or columns; the largest CT matrix sold is 2048 (from memory)
 _FRAMES = 20000         # in one file
+_STEEP, _FAR = 1000, 1e5 # HU: a slope and an intercept that no CT has
 
 class CTSlice:
     "One frame of one file: what its header says, in numbers. `None` is what is not said or makes no sense."
@@ -254,9 +255,18 @@ def read_header(
     if (h.get('BitsAllocated') or 16) not in (8, 16, 32): raise Unusable(f'has {h["BitsAllocated"]} bits a pixel')
     if not {'offset', 'cut', 'pydicom'} & set(h): raise Unusable('holds no pixel data', 'no image')
     if h.get('NumberOfFrames') not in (None, '', '0', '1') or h.get('SOPClassUID') in _CT_CLASSES[1:]: return _frames(path, h)
-    s = CTSlice(path, h)
-    if s.pixel is None or min(s.pixel) <= 0: raise Unusable('has no pixel spacing', 'no spacing')
-    return [s]
+    return _checked([CTSlice(path, h)])
+
+def _checked(slices):
+    "The slices, if millimetres and Hounsfield units can be had from what they say; saying nothing of a rescale is no fault."
+    for s in slices:
+        if s.pixel is None or min(s.pixel) <= 0: raise Unusable('has no pixel spacing', 'no spacing')
+        for name, v, words in (('RescaleSlope', s.slope, 'rescale slope'), ('RescaleIntercept', s.intercept, 'rescale intercept')):
+            if v is None and (said := s.h.get(name)): raise Unusable(f'has an unreadable {words} ({printable(said)!r})')
+        # one HU for all stored values, or two neighbours of them further apart than air and bone
+        if s.slope is not None and (abs(s.slope)*(1 << s.bits) < 1 or abs(s.slope) > _STEEP): raise Unusable(f'has a rescale slope of {s.slope:g}')
+        if abs(s.intercept or 0) > _FAR: raise Unusable(f'has a rescale intercept of {s.intercept:g}')
+    return slices
 
 _NO_IMAGE = {'1.2.840.10008.1.3.10': 'a DICOMDIR, the index of a disk'}
 _NO_IMAGE_OF = dict(SR='is a report (dose or findings), not an image', PR='is a presentation state, not an image',
@@ -299,8 +309,7 @@ def _frames(path, h):
         slices = [CTSlice(path, common | _group_values(g), k, where[k]) for k, g in enumerate(each)]
     except Unusable: raise
     except Exception as e: raise Unusable(f'has a damaged header ({type(e).__name__})') from e
-    if any(s.pixel is None or min(s.pixel) <= 0 for s in slices): raise Unusable('has no pixel spacing', 'no spacing')
-    return slices
+    return _checked(slices)
 
 def _items(f, i, limit):
     "(start, end) of the items of encapsulated pixel data at byte `i` (PS3.5, A.4), and whether the file ends in one of them."

@@ -1,6 +1,7 @@
 """One file: multi-frame objects, files that are no slices, headers that lie, decoders that hang or crash, mutations."""
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -168,6 +169,57 @@ def test_what_pydicom_has_to_read_is_as_exact(tmp_path, syntax, monkeypatch):
     write_series(hu, affine, tmp_path, syntax=syntax)
     monkeypatch.setattr(ctfile, '_header', lost)
     assert same(read_series(tmp_path), hu, affine).notes == []
+
+
+def say(path, element, text):
+    "Write a decimal string into a file, whatever it says: pydicom would not."
+    b = path.read_bytes()
+    at = b.index(struct.pack('<HH2s', 0x28, element, b'DS')) + 6
+    end = at + 2 + struct.unpack_from('<H', b, at)[0]
+    path.write_bytes(b[:at] + struct.pack('<H', len(text) + len(text) % 2) + text.encode() + b' ' * (len(text) % 2) + b[end:])
+
+
+SLOPE, INTERCEPT = 0x1053, 0x1052
+
+
+@pytest.mark.parametrize('element, text, says', [
+    (SLOPE, '0', 'rescale slope of 0'), (SLOPE, '0.0', 'rescale slope of 0'), (SLOPE, '1e30', r'rescale slope of 1e\+30'),
+    (SLOPE, '-5000', 'rescale slope of -5000'), (SLOPE, '1e-6', 'rescale slope of 1e-06'), (SLOPE, 'nan', "unreadable rescale slope .'nan'"),
+    (SLOPE, '1e999', "unreadable rescale slope .'1e999'"), (SLOPE, '1,0', "unreadable rescale slope .'1,0'"),
+    (INTERCEPT, '-1024a', "unreadable rescale intercept .'-1024a'"), (INTERCEPT, '1e6', r'rescale intercept of 1e\+06')])
+def test_a_rescale_that_makes_no_hounsfield_units(tmp_path, element, text, says):
+    hu, affine = block((30, 8, 8))
+    folder = write_series(hu, affine, tmp_path / 'a')
+    say(folder / '15.dcm', element, text)  # one slice: left out, filled from its neighbours
+    volume = read_series(folder)
+    assert (volume.hu[:14] == hu[:14]).all() and (volume.hu[15:] == hu[15:]).all() and len(volume.notes) == 2
+    assert re.match(f'left out 1 file: 15.dcm has an? {says}', volume.notes[0]) and 'gap' in volume.notes[1]
+    for p in folder.iterdir():
+        say(p, element, text)
+    with pytest.raises(DamagedSeries, match=f'has an? {says}'):
+        read_series(folder)
+
+
+@pytest.mark.parametrize('element, text', [(SLOPE, '-1'), (SLOPE, '17'), (SLOPE, '0.015'), (INTERCEPT, '-8192'), (INTERCEPT, '31743.5')])
+def test_an_unusual_rescale_is_taken_at_its_word(tmp_path, element, text):
+    folder = write_series(*block((1, 8, 8)), tmp_path / 'a')
+    stored = pydicom.dcmread(folder / '1.dcm').pixel_array.astype(float)
+    say(folder / '1.dcm', element, text)
+    hu = stored*float(text) - 1024 if element == SLOPE else stored + float(text)
+    assert (read_series(folder).hu[0] == np.clip(np.rint(hu), -32768, 32767)).all()
+
+
+def test_no_rescale_is_noted_not_refused(tmp_path):
+    folder = write_series(*block((2, 8, 8)), tmp_path / 'a')
+    for p in folder.iterdir():
+        say(p, INTERCEPT, '')
+    assert read_series(folder).notes == ['no rescale slope or intercept in some files; taken as 1 and 0']
+
+
+def test_frames_with_a_rescale_that_makes_no_hounsfield_units(tmp_path):
+    hu, affine = block()
+    with pytest.raises(DamagedSeries, match='all.dcm has a rescale slope of 5000'):
+        read_series(enhanced(hu, affine, tmp_path / 'e', slopes=[1] * 11 + [5000]))
 
 
 def test_ten_thousand_mutated_files(tmp_path):
