@@ -165,6 +165,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cspine.ctfile._Reader.element': ('ctfile.html#_reader.element', 'cspine/ctfile.py'),
                                'cspine.ctfile._Reader.skip': ('ctfile.html#_reader.skip', 'cspine/ctfile.py'),
                                'cspine.ctfile._checked': ('ctfile.html#_checked', 'cspine/ctfile.py'),
+                               'cspine.ctfile._class_name': ('ctfile.html#_class_name', 'cspine/ctfile.py'),
                                'cspine.ctfile._decode': ('ctfile.html#_decode', 'cspine/ctfile.py'),
                                'cspine.ctfile._encode_rle': ('ctfile.html#_encode_rle', 'cspine/ctfile.py'),
                                'cspine.ctfile._family': ('ctfile.html#_family', 'cspine/ctfile.py'),

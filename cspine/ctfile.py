@@ -177,7 +177,8 @@ class Unusable(Exception):
 
 class Damaged(Exception): "Pixels that are not all there or do not decode."
 
-_CT_CLASSES = ('1.2.840.10008.5.1.4.1.1.2', '1.2.840.10008.5.1.4.1.1.2.1', '1.2.840.10008.5.1.4.1.1.2.2')
+_STORAGE = '1.2.840.10008.5.1.4.1.1.'   # what a SOP class of images, reports, ... begins with (PS3.4, B.5)
+_CT_CLASSES = (f'{_STORAGE}2', f'{_STORAGE}2.1', f'{_STORAGE}2.2')
 _SIDE = 8192            # rows or columns; the largest CT matrix sold is 2048 (from memory)
 _FRAMES = 20000         # in one file
 _STEEP, _FAR = 1000, 1e5 # HU: a slope and an intercept that no CT has
@@ -242,19 +243,22 @@ def read_header(
         except Exception as e: raise Unusable(f'has a damaged header ({type(e).__name__})') from e
     if 'cut' in h and not (h.get('Rows') and (h.get('PixelSpacing') or h.get('NumberOfFrames'))):
         raise Unusable('is cut off in its header')
-    modality = h.get('Modality') or ('CT' if h.get('SOPClassUID') in _CT_CLASSES else '')
-    if h.get('SOPClassUID') in _NO_IMAGE: raise Unusable(f'is {_NO_IMAGE[h["SOPClassUID"]]}', 'no image')
+    kind = h.get('SOPClassUID') or ''
+    if not h.get('Modality') and kind in _CT_CLASSES: h['Modality'] = 'CT'
+    modality = h.get('Modality') or ''
+    if kind in _NO_IMAGE: raise Unusable(f'is {_NO_IMAGE[kind]}', 'no image')
     if not h.get('Rows') or not h.get('Columns'):
         if 'pydicom' in h and modality not in _NO_IMAGE_OF: raise Unusable(f'has a damaged header ({h["pydicom"]})') # it stopped early
         raise Unusable(_NO_IMAGE_OF.get(modality, 'holds no image'), 'no image')
     if max(h['Rows'], h['Columns']) > _SIDE: raise Unusable(f'has a damaged header ({h["Rows"]} x {h["Columns"]} pixels)')
-    if (h.get('SOPClassUID') or '').startswith('1.2.840.10008.5.1.4.1.1.7'): raise Unusable('is a secondary capture (a screenshot)', 'picture')
+    if kind.startswith(f'{_STORAGE}7'): raise Unusable('is a secondary capture (a screenshot)', 'picture')
     if modality not in ('CT', ''): raise Unusable(f'is {printable(modality)}, not CT', 'modality')
+    if not modality and kind.startswith(_STORAGE): raise Unusable(f'is {_class_name(kind)}, not CT', 'modality')
     if (h.get('SamplesPerPixel') or 1) != 1 or (h.get('PhotometricInterpretation') or 'M')[0] != 'M':
         raise Unusable('is a colour picture', 'picture')
     if (h.get('BitsAllocated') or 16) not in (8, 16, 32): raise Unusable(f'has {h["BitsAllocated"]} bits a pixel')
     if not {'offset', 'cut', 'pydicom'} & set(h): raise Unusable('holds no pixel data', 'no image')
-    if h.get('NumberOfFrames') not in (None, '', '0', '1') or h.get('SOPClassUID') in _CT_CLASSES[1:]: return _frames(path, h)
+    if h.get('NumberOfFrames') not in (None, '', '0', '1') or kind in _CT_CLASSES[1:]: return _frames(path, h)
     return _checked([CTSlice(path, h)])
 
 def _checked(slices):
@@ -267,6 +271,11 @@ def _checked(slices):
         if s.slope is not None and (abs(s.slope)*(1 << s.bits) < 1 or abs(s.slope) > _STEEP): raise Unusable(f'has a rescale slope of {s.slope:g}')
         if abs(s.intercept or 0) > _FAR: raise Unusable(f'has a rescale intercept of {s.intercept:g}')
     return slices
+
+def _class_name(uid):
+    "What a SOP class is called: MR Image Storage, ..."
+    from pydicom.uid import UID
+    return printable(UID(uid).name)
 
 _NO_IMAGE = {'1.2.840.10008.1.3.10': 'a DICOMDIR, the index of a disk'}
 _NO_IMAGE_OF = dict(SR='is a report (dose or findings), not an image', PR='is a presentation state, not an image',

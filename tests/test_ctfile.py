@@ -16,7 +16,7 @@ from test_dicom import block, edit, same
 
 import cspine.ctfile as ctfile
 from cspine.ctfile import LOSSY, SYNTAXES, Damaged, Decoders, encode_frame, read_header, stream_size
-from cspine.dicom import DamagedSeries, NoPixels, NoSeries, read_series, write_series
+from cspine.dicom import DamagedSeries, NoPixels, NoSeries, NotCT, read_series, write_series
 from cspine.oddities import write_enhanced
 
 
@@ -220,6 +220,33 @@ def test_frames_with_a_rescale_that_makes_no_hounsfield_units(tmp_path):
     hu, affine = block()
     with pytest.raises(DamagedSeries, match='all.dcm has a rescale slope of 5000'):
         read_series(enhanced(hu, affine, tmp_path / 'e', slopes=[1] * 11 + [5000]))
+
+
+@pytest.mark.parametrize('sop_class, ends', [
+    ('4', 'is MR Image Storage, not CT'), ('4.1', 'is Enhanced MR Image Storage, not CT'),
+    ('128', 'is Positron Emission Tomography Image Storage, not CT'), ('999.9', 'is 1.2.840.10008.5.1.4.1.1.999.9, not CT'),
+    ('2', []), ('', ['files do not say their modality; taken for CT'])])
+def test_without_a_modality_the_sop_class_decides(tmp_path, sop_class, ends):
+    hu, affine = block((2, 8, 8))
+    for p in write_series(hu, affine, tmp_path).iterdir():
+        ds = pydicom.dcmread(p)
+        del ds.Modality
+        if sop_class:
+            ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = f'1.2.840.10008.5.1.4.1.1.{sop_class}'
+        else:
+            del ds.SOPClassUID, ds.file_meta.MediaStorageSOPClassUID
+        ds.save_as(p, enforce_file_format=False)
+    if isinstance(ends, list):
+        assert same(read_series(tmp_path), hu, affine).notes == ends
+    else:
+        with pytest.raises(NotCT, match=ends):
+            read_series(tmp_path)
+
+
+def test_an_enhanced_file_without_a_modality_is_ct(tmp_path):
+    hu, affine = block()
+    edit(enhanced(hu, affine, tmp_path / 'e') / 'all.dcm', Modality=None)
+    assert same(read_series(tmp_path / 'e'), hu, affine).notes == []
 
 
 def test_ten_thousand_mutated_files(tmp_path):
