@@ -36,13 +36,17 @@ def validate_uid(
     return uid
 
 # %% ../nbs/03_rsna.ipynb #bfe68f5d
+def _path(path, error, what):
+    try: return Path(path)
+    except TypeError: raise error(f'{path!r} is not a path: name {what}') from None
+
 def read_table(
     path,           # a CSV file: UTF-8, with or without byte order mark, any line ending
     types:dict,     # column -> function that turns its text into a value, raises ValueError or TableError if it cannot
     key=(),         # columns that name a row: no two rows may share them
 )->pd.DataFrame:    # these columns in this order, rows in the file's order; `attrs['lines']`: the line of each row
     "Columns of a CSV by name, whatever their order; extra columns are left out; raises `TableError` with the line"
-    path,rows,lines,seen = Path(path),[],[],{}
+    path,rows,lines,seen = _path(path, TableError, 'a CSV file'),[],[],{}
     def wrong(line, what): return TableError(f'{path}, line {line}: {what}')
     try: text = path.read_text(encoding='utf-8-sig')
     except FileNotFoundError: raise TableError(f'{path} does not exist') from None
@@ -257,27 +261,33 @@ def read_mask(
 )->np.ndarray:      # (z, y, x) uint8 on the volume's grid: 0 background, 1-7 C1-C7, 8 T
     "A mask's labels on the grid of its scan, exact to the voxel; raises `MaskError` with both geometries if they differ"
     import nibabel as nib
+    path = _path(path, MaskError, 'a NIfTI file')
+    def unreadable(e): return MaskError(f'{path} cannot be read as NIfTI ({str(e) or type(e).__name__}): copy it again')
     try:
         img = nib.load(path)
-        data = np.asanyarray(img.dataobj)
+        shape,affine = img.shape,_RAS @ img.affine
     except FileNotFoundError: raise MaskError(f'{path} does not exist') from None
-    except Exception as e: raise MaskError(f'{path} cannot be read as NIfTI: {e}') from e
-    if data.ndim == 4 and data.shape[3] == 1: data = data[...,0]
-    if data.ndim != 3: raise MaskError(f'{path} has {data.ndim} dimensions, a mask has 3')
-    affine = _RAS @ img.affine
+    except Exception as e: raise unreadable(e) from e
+    if len(shape) == 4 and shape[3] == 1: shape = shape[:3]
+    if len(shape) != 3: raise MaskError(f'{path} has {len(shape)} dimensions, a mask has 3')
     grids = [(volume.shape, np.asarray(volume.affine, float))]
     a = getattr(volume, 'acquired', None)       # a mask may also lie on the slices, before they were straightened or evened
     if a: grids += [((len(a.at), *a.size), g) for g in a.grids]
-    on,found = next(((i,f) for i,g in enumerate(grids) if (f := _onto(data.shape, affine, *g))), (None,None))
+    on,found = next(((i,f) for i,g in enumerate(grids) if (f := _onto(shape, affine, *g))), (None,None))
     if found is None:
         codes = ''.join(c or '?' for c in nib.aff2axcodes(img.affine)) if np.isfinite(img.affine).all() else 'no axes'
-        raise MaskError(f'{path} does not lie on the scan: mask {_geometry(data.shape, affine, codes)}; '
+        raise MaskError(f'{path} does not lie on the scan: mask {_geometry(shape, affine, codes)}; '
                         f'scan {_geometry(volume.shape, np.asarray(volume.affine), "z, y, x")}. Is it the mask of this study?')
+    try: data = np.asanyarray(img.dataobj).reshape(shape)   # only now: a damaged header may claim any size, a scan has one
+    except Exception as e: raise unreadable(e) from e
+    if data.dtype.kind not in 'iuf': raise MaskError(f'{path} holds {data.dtype} values: a mask has whole numbers from 0 to 19')
     order,flips = found
-    good = (data >= 0) & (data <= 19)
-    if data.dtype.kind == 'f': good &= data == np.rint(data)
-    if not good.all(): raise MaskError(f'{path} holds the value {data[~good].flat[0]:g}: a mask has whole numbers from 0 to 19')
-    labels = np.minimum(data, len(LEVELS)+1).astype(np.uint8).transpose(order)
+    with np.errstate(invalid='ignore'):
+        whole = np.rint(data) if data.dtype.kind == 'f' else data
+        good = (whole >= 0) & (whole <= 19)
+        if whole is not data: good &= abs(data-whole) <= 1e-3      # tools that resample write 1.0000001 for a 1
+    if not good.all(): raise MaskError(f'{path} holds the value {data[~good].flat[0]:.9g}: a mask has whole numbers from 0 to 19')
+    labels = np.minimum(whole, len(LEVELS)+1).astype(np.uint8).transpose(order)
     labels = labels[tuple(slice(None, None, -1 if f else 1) for f in flips)]
     return a.labels(labels) if on else np.ascontiguousarray(labels)
 

@@ -193,6 +193,64 @@ def test_a_mask_with_values_of_another_kind(tmp_path):
             read_mask(tmp_path / "m.nii", Volume(hu, affine))
 
 
+@pytest.mark.parametrize("dtype, says", [([("R", "u1"), ("G", "u1"), ("B", "u1")], "'R'.* values"), (np.complex64, "complex64 values")], ids=["rgb", "complex"])
+def test_a_mask_of_what_are_no_numbers(tmp_path, dtype, says):
+    hu, affine, labels = study()
+    nib.save(nib.Nifti1Image(np.zeros(labels.shape, dtype), np.diag([-1, -1, 1, 1]) @ affine), tmp_path / "m.nii")
+    with pytest.raises(MaskError, match=f"m.nii holds .*{says}: a mask has whole numbers from 0 to 19"):
+        read_mask(tmp_path / "m.nii", Volume(hu, affine))
+
+
+def test_a_header_that_claims_27_tera_voxels_costs_nothing(tmp_path):
+    hu, affine, labels = study()
+    path = write_mask(labels, affine, tmp_path / "m.nii")
+    b = bytearray(path.read_bytes())
+    b[42:48] = np.full(3, 30000, "<i2").tobytes()   # dim[1:4]
+    path.write_bytes(b)
+    with pytest.raises(MaskError, match="does not lie on the scan: mask 30000 x 30000 x 30000 voxels"):
+        read_mask(path, Volume(hu, affine))
+
+
+def test_an_error_without_a_text_is_said_by_its_kind(tmp_path, monkeypatch):
+    hu, affine, labels = study()
+    path = write_mask(labels, affine, tmp_path / "m.nii")
+
+    def full(*args, **kw):
+        raise MemoryError
+
+    monkeypatch.setattr(nib.arrayproxy.ArrayProxy, "__array__", full)
+    with pytest.raises(MaskError, match="m.nii cannot be read as NIfTI .MemoryError.: copy it again"):
+        read_mask(path, Volume(hu, affine))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nearly_whole_numbers_are_whole(tmp_path, dtype):
+    hu, affine, labels = study()
+    off = np.random.default_rng(0).uniform(-9e-4, 9e-4, labels.shape)
+    nib.save(nib.Nifti1Image((labels + off).astype(dtype), np.diag([-1, -1, 1, 1]) @ affine), tmp_path / "m.nii")
+    assert np.array_equal(read_mask(tmp_path / "m.nii", Volume(hu, affine)), labels)
+
+
+@pytest.mark.parametrize("value, says", [(1.002, "1.002"), (1.0015625, "1.0015625"), (19.5, "19.5"), (np.inf, "inf")])
+def test_the_value_that_is_refused_is_said_in_full(tmp_path, value, says):
+    hu, affine, labels = study()
+    values = labels.astype(np.float64)
+    values[3, 4, 5] = value
+    nib.save(nib.Nifti1Image(values, np.diag([-1, -1, 1, 1]) @ affine), tmp_path / "m.nii")
+    with pytest.raises(MaskError, match=f"holds the value {says}: a mask"):
+        read_mask(tmp_path / "m.nii", Volume(hu, affine))
+
+
+@pytest.mark.parametrize("wrong", [None, 3.5])
+def test_what_is_no_path(wrong):
+    hu, affine, _ = study()
+    for read in (read_train, read_test, read_boxes, read_submission, read_folds):
+        with pytest.raises(TableError, match=f"^{wrong} is not a path: name a CSV file$"):
+            read(wrong)
+    with pytest.raises(MaskError, match=f"^{wrong} is not a path: name a NIfTI file$"):
+        read_mask(wrong, Volume(hu, affine))
+
+
 def test_tables_survive_a_spreadsheet(tmp_path):
     plain = labels_table(40)
     plain.to_csv(tmp_path / "a.csv")
