@@ -374,6 +374,31 @@ def test_usage_errors_come_before_any_work(tmp_path, wrong, says):
     assert pipeline.seen == []
 
 
+@pytest.mark.parametrize("out, why", [("scans/1.2/1.dcm/s.csv", "Not a directory"), ("x" * 300 + ".csv", "File name too long")])
+def test_a_place_where_nothing_can_be_written(tmp_path, out, why):
+    make(tmp_path / "scans/1.2")
+    pipeline = FakePipeline()
+    with pytest.raises(CspineError, match=f"{tmp_path / out} cannot be written .{why}.: name a CSV in a folder that you can write to"):
+        submit(tmp_path / "scans", out=tmp_path / out, pipeline=pipeline)
+    assert pipeline.seen == []
+
+
+def test_a_disk_that_is_full_at_the_end_is_said_and_the_next_run_goes_on(tmp_path, fake_reader, bundle, monkeypatch):
+    make(tmp_path / "scans/1.2", hu=500)
+    out, fsync = tmp_path / "s.csv", os.fsync
+
+    def full(fd):
+        if Path(f"{out}.parts/study_00000.json").exists():
+            raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CspineError, match="s.csv cannot be written .No space left on device."):
+        submit(tmp_path / "scans", out=out, pipeline=FakePipeline(bundle))
+    monkeypatch.undo()
+    assert submit(tmp_path / "scans", out=out, pipeline=FakePipeline(bundle))["reused"] == 1
+
+
 def test_a_name_that_fits_into_no_csv(tmp_path):
     make(tmp_path / "scans" / os.fsdecode(b"st\xff1"))
     with pytest.raises(CspineError, match="rename the folder"):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -40,15 +41,18 @@ def submit(
     start, data, out = time.monotonic(), Path(data), Path(out)
     if not timeout > 0 or (budget is not None and not budget > 0):
         raise CspineError("timeout and budget are seconds, and more than 0")
-    if out.is_dir():
-        raise CspineError(f"{out} is a folder; out takes the CSV file to write")
+    with _writing(out):
+        if out.is_dir():
+            raise CspineError(f"{out} is a folder; out takes the CSV file to write")
     if out.name == REPORT:
         raise CspineError(f"{REPORT} is the report's name; name the CSV otherwise")
     rows = test_rows(data)
     if not len(rows):
         raise CspineError(f"{data / 'test.csv'} has no rows to answer")
     uids, folders = list(dict.fromkeys(rows["StudyInstanceUID"])), find_studies(data, "test")
-    parts = Parts(out, rows, _model_stamp(bundle, pipeline), resume)
+    model = _model_stamp(bundle, pipeline)
+    with _writing(out):
+        parts = Parts(out, rows, model, resume)
     known = {uid: parts.load(uid, folders.get(uid)) for uid in uids}
     todo = [uid for uid in uids if known[uid] is None]
     if len(todo) < len(uids):
@@ -88,7 +92,8 @@ def submit(
         volumes.close()
 
     answers = [studies[uid]["probabilities"][t] for uid, t in zip(rows["StudyInstanceUID"], rows["prediction_type"])]
-    write_submission(pd.DataFrame({"row_id": rows["row_id"], "fractured": answers}), out)
+    with _writing(out):
+        write_submission(pd.DataFrame({"row_id": rows["row_id"], "fractured": answers}), out)
     report = {
         "path": str(out),
         "report": str(out.with_name(REPORT)),
@@ -100,9 +105,19 @@ def submit(
         "seconds": round(time.monotonic() - start, 2),
         "study": studies,
     }
-    write_whole(report["report"], json.dumps(report, indent=1, allow_nan=False))
+    with _writing(report["report"]):
+        write_whole(report["report"], json.dumps(report, indent=1, allow_nan=False))
     print(_summary(report), flush=True)
     return report
+
+
+@contextmanager
+def _writing(path):
+    """What the system says against a file becomes an error that says which file, and what to do."""
+    try:
+        yield
+    except OSError as e:
+        raise CspineError(f"{path} cannot be written ({e.strerror}): name a CSV in a folder that you can write to") from e
 
 
 class TimeLimit:
