@@ -358,6 +358,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cspine.rsna._auroc': ('rsna.html#_auroc', 'cspine/rsna.py'),
                              'cspine.rsna._folders': ('rsna.html#_folders', 'cspine/rsna.py'),
                              'cspine.rsna._geometry': ('rsna.html#_geometry', 'cspine/rsna.py'),
+                             'cspine.rsna._is_slice': ('rsna.html#_is_slice', 'cspine/rsna.py'),
                              'cspine.rsna._kind': ('rsna.html#_kind', 'cspine/rsna.py'),
                              'cspine.rsna._label': ('rsna.html#_label', 'cspine/rsna.py'),
                              'cspine.rsna._losses': ('rsna.html#_losses', 'cspine/rsna.py'),

@@ -165,6 +165,14 @@ def _folders(path):
     except OSError as e: raise TableError(f'{path} cannot be listed: {e.strerror}') from None
     return found
 
+def _is_slice(p):
+    "By its name, or by what DICOM files begin with; the index of a disk is none"
+    if p.name.startswith('.') or p.name.upper() == 'DICOMDIR' or not p.is_file(): return False
+    if p.suffix.lower() == '.dcm': return True
+    try:
+        with open(p, 'rb') as f: return f.read(132)[128:] == b'DICM'
+    except OSError: return False
+
 def find_studies(
     data,               # folder in the competition's layout; for 'test' also a folder of studies
     split:str='train',  # 'train' or 'test'
@@ -179,8 +187,8 @@ def find_studies(
     if (data/'test.csv').exists(): return {}
     if (data/'train_images').is_dir():
         raise TableError(f'{data} has train_images but no test_images; to answer those as if they were test studies, give {data}/train_images')
-    if any(data.glob('*.dcm')): raise TableError(f'{data} holds slices, so it is one study: give the folder that contains it')
     found = _folders(data)
+    if any(map(_is_slice, data.iterdir())): raise TableError(f'{data} holds slices, so it is one study: give the folder that contains it')
     if not found: raise TableError(f'{data} has neither test.csv, nor study folders, nor NIfTI files')
     return found
 

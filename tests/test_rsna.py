@@ -263,6 +263,23 @@ def test_tables_survive_a_spreadsheet(tmp_path):
     pd.testing.assert_frame_equal(b.loc[a.index], a)
 
 
+@pytest.mark.parametrize("name", ["{}.dcm", "{}.DCM", "IM{}", "1.2.840.{}"])
+def test_the_folder_of_one_study_is_told_from_one_of_studies(tmp_path, name):
+    hu, affine, _ = study()
+    for p in list(write_series(hu, affine, tmp_path / "data").iterdir()):
+        p.rename(p.with_name(name.format(p.stem)))
+    (tmp_path / "data" / "notes.txt").write_text("no slice")
+    with pytest.raises(TableError, match="data holds slices, so it is one study: give the folder that contains it"):
+        find_studies(tmp_path / "data", "test")
+    assert list(find_studies(tmp_path, "test")) == ["data"]
+
+
+def test_the_index_of_a_disk_is_no_slice(tmp_path):
+    (tmp_path / "1.2").mkdir()
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    assert list(find_studies(tmp_path, "test")) == ["1.2"]
+
+
 def big_table():
     """1,500 studies, 12,000 rows, columns and rows shuffled, with a column of anything."""
     rows = [(f"{u}_{t}", u, t) for u in (f"1.2.{i}" for i in range(1500)) for t in TARGETS]
