@@ -90,10 +90,13 @@ def _label(s):
     if v not in (0,1): raise ValueError(f'{s!r} is neither 0 nor 1')
     return int(v)
 
+_DECIMAL = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
+
 def _number(s):
     try: v = float(s)
     except ValueError: raise ValueError(f'{s!r} is not a number') from None
     if not math.isfinite(v): raise ValueError(f'{s!r} is not a finite number')
+    if not _DECIMAL.fullmatch(s): raise ValueError(f'{s!r} is not a plain decimal number')   # float takes 1_5 and the digits of any script
     return v
 
 def _whole(s):
@@ -125,6 +128,7 @@ def read_train(
 )->pd.DataFrame:    # index StudyInstanceUID, columns `TARGETS`, int 0 or 1
     "The labels of the studies: which vertebrae are fractured"
     df = read_table(path, {UID:validate_uid, **{t:_label for t in TARGETS}}, key=[UID]).set_index(UID)
+    if not len(df): raise TableError(f'{path} names no study below its header: one row per study')
     df.attrs = {}
     return df.astype(int)
 
@@ -140,9 +144,11 @@ def read_test(
 def read_boxes(
     path,           # train_bounding_boxes.csv
 )->pd.DataFrame:    # StudyInstanceUID, x, y, width, height (px), slice_number (the number in the file's name)
-    "The boxes that radiologists drew around fractures, one row per box and slice"
-    df = read_table(path, {UID:validate_uid, 'x':_number, 'y':_number, 'width':_size, 'height':_size, 'slice_number':_whole})
-    df.attrs = {}
+    "The boxes that radiologists drew around fractures, one row per box and slice; no row is there twice"
+    types = {UID:validate_uid, 'x':_number, 'y':_number, 'width':_size, 'height':_size, 'slice_number':_whole}
+    df = read_table(path, types, key=types)
+    for line,x,y,w,h in zip(df.attrs.pop('lines'), df['x'], df['y'], df['width'], df['height']):
+        if x+w <= 0 or y+h <= 0: raise TableError(f'{path}, line {line}: the box from {x:g}, {y:g}, of {w:g} x {h:g}, lies outside the slice')
     return df
 
 def read_submission(
@@ -408,7 +414,6 @@ def score(
 )->dict:            # score, best_constant, half (floats), table (DataFrame per target: prevalence, auroc, logloss, ...)
     "Score a submission against the truth, beside what the best constant and a constant 0.5 get"
     y,df = read_train(truth),read_submission(submission)
-    if not len(y): raise TableError(f'{truth} has no rows')
     wanted,answered = {f'{u}_{t}':(u,t) for u in y.index for t in TARGETS},set(df[ROW])
     for line,row in zip(df.attrs['lines'], df[ROW]):
         if row not in wanted: raise TableError(f'{submission}, line {line}: {row} is not a row of {truth}')

@@ -280,6 +280,48 @@ def test_the_index_of_a_disk_is_no_slice(tmp_path):
     assert list(find_studies(tmp_path, "test")) == ["1.2"]
 
 
+@pytest.mark.parametrize("text", ["0.1_5", "0_1", "1_0e-1", "１", "٠.٥", "０"])
+def test_only_plain_decimal_numbers(tmp_path, text):
+    (tmp_path / "s.csv").write_text(f"row_id,fractured\n1.2_C1,{text}\n", encoding="utf-8")
+    with pytest.raises(TableError, match=f"line 2: fractured: '{text}' is not a plain decimal number"):
+        read_submission(tmp_path / "s.csv")
+    (tmp_path / "t.csv").write_text(f"StudyInstanceUID,{','.join(TARGETS)}\n1.2,1,{text},0,0,0,0,0,0\n", encoding="utf-8")
+    with pytest.raises(TableError, match=f"line 2: {TARGETS[1]}: '{text}' is not a plain"):
+        read_train(tmp_path / "t.csv")
+    (tmp_path / "f.csv").write_text(f"StudyInstanceUID,fold\n1.2,{text}\n", encoding="utf-8")
+    with pytest.raises(TableError, match="line 2: fold: .* is not a plain"):
+        read_folds(tmp_path / "f.csv")
+
+
+@pytest.mark.parametrize("text", ["0", "1", "1.", ".5", "0.5", "+0.5", "5e-1", "2.5E-05", "1e0", "-0", "00.5"])
+def test_every_plain_decimal_number(tmp_path, text):
+    (tmp_path / "s.csv").write_text(f"row_id,fractured\n1.2_C1,{text}\n")
+    assert read_submission(tmp_path / "s.csv")["fractured"].tolist() == [float(text)]
+
+
+@pytest.mark.parametrize("row, says", [
+    ("1.2,10.0,20,5,6,7", r"line 5: 1\.2, 10\.0, 20\.0, 5\.0, 6\.0, 7 is already on line 2$"),
+    ("1.2,-1000,20,5,6,7", "line 5: the box from -1000, 20, of 5 x 6, lies outside the slice$"),
+    ("1.2,10,-6,5,6,7", "line 5: the box from 10, -6, of 5 x 6, lies outside"),
+])
+def test_boxes_that_are_twice_there_or_nowhere(tmp_path, row, says):
+    path = tmp_path / "x.csv"
+    sound = "StudyInstanceUID,x,y,width,height,slice_number\n1.2,10,20,5,6,7\n1.2,11,20,5,6,7\n1.2,-3,-2,5,6,8\n"   # two on a slice, one over its edge
+    path.write_text(sound)
+    assert len(read_boxes(path)) == 3
+    path.write_text(sound + row + "\n1.2,1,1,1,1,9\n")
+    with pytest.raises(TableError, match=says):
+        read_boxes(path)
+
+
+def test_a_header_alone_is_no_table_of_labels_but_one_of_no_boxes(tmp_path):
+    (tmp_path / "t.csv").write_text(f"StudyInstanceUID,{','.join(TARGETS)}\n\n")
+    with pytest.raises(TableError, match="t.csv names no study below its header: one row per study"):
+        read_train(tmp_path / "t.csv")
+    (tmp_path / "x.csv").write_text("StudyInstanceUID,x,y,width,height,slice_number\n")
+    assert len(read_boxes(tmp_path / "x.csv")) == 0
+
+
 def big_table():
     """1,500 studies, 12,000 rows, columns and rows shuffled, with a column of anything."""
     rows = [(f"{u}_{t}", u, t) for u in (f"1.2.{i}" for i in range(1500)) for t in TARGETS]
