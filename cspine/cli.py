@@ -19,7 +19,7 @@ from .presets import CspineError
 # Plain text: help that reads the same on a narrow terminal, in a log and in a test
 _style = dict(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 app = Typer(add_completion=False, help='Cervical spine fractures on CT: from a folder of scans to a submission.csv.',
-            epilog='Example: cspine phantom data, then cspine submit --data data', **_style)
+            epilog='Example: cspine phantom data --simple, then cspine submit --data data', **_style)
 train_app = Typer(help='Train a stage; a run can be stopped and goes on with --resume.',
                   epilog='Example: cspine train segmentation --data data --preset tiny --out runs/seg', **_style)
 app.add_typer(train_app, name='train')
@@ -106,7 +106,7 @@ def _number(fold): return fold if fold == 'all' else int(fold)
 # %% ../nbs/40_cli.ipynb #f07264f6
 @app.command(epilog='Example: cspine bundle runs/seg runs/cls --out my_bundle')
 def bundle(
-    runs: Annotated[list[Path], Argument(metavar='RUN', help='Run folders of both stages.', show_default=False)],
+    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Run folders of both stages.', show_default=False)],
     out: Annotated[Path, Option(metavar='BUNDLE', help='Bundle folder to write.', show_default=False)],
 ) -> Path:
     "Put trained runs together into one folder that predicts."
@@ -231,7 +231,7 @@ def main(
     try: app(args, prog_name='cspine')
     except SystemExit as stop:
         if stop.code != 130: raise
-        print('cspine: stopped; what was written is whole, and the same command goes on from there where it can', file=sys.stderr, flush=True)
+        print('cspine: stopped; what was written is whole, and the same command (train: with --resume, after the last finished epoch) goes on from there', file=sys.stderr, flush=True)
         os._exit(130)   # Ctrl-C: a thread that is still in torch's native code would abort an orderly end
     except Exception as e:
         if os.environ.get('CSPINE_DEBUG') == '1': raise

@@ -249,7 +249,7 @@ def read_header(
     if kind in _NO_IMAGE: raise Unusable(f'is {_NO_IMAGE[kind]}', 'no image')
     if not h.get('Rows') or not h.get('Columns'):
         if 'pydicom' in h and modality not in _NO_IMAGE_OF: raise Unusable(f'has a damaged header ({h["pydicom"]})') # it stopped early
-        raise Unusable(_NO_IMAGE_OF.get(modality, 'holds no image'), 'no image')
+        raise Unusable(_NO_IMAGE_OF.get(modality, 'holds no image'), 'damaged' if modality == 'CT' else 'no image')
     if max(h['Rows'], h['Columns']) > _SIDE: raise Unusable(f'has a damaged header ({h["Rows"]} x {h["Columns"]} pixels)')
     if kind.startswith(f'{_STORAGE}7'): raise Unusable('is a secondary capture (a screenshot)', 'picture')
     if modality not in ('CT', ''): raise Unusable(f'is {printable(modality)}, not CT', 'modality')

@@ -193,15 +193,15 @@ def _find_slices(folder, files, notes):
         except Unusable as e:
             unusable.setdefault(str(e), []).append(p); kinds.add(e.kind)
             damaged += e.kind == 'damaged' or str(e) == 'is empty'
-    why = '; '.join(f'{_names(ps)} {reason}' for reason, ps in unusable.items())
+    why = '; '.join(f'{_names(ps)}{": each" if len(ps) > 1 else ""} {reason}' for reason, ps in unusable.items())
     if not slices:
         kind = (DamagedSeries if 'damaged' in kinds else NotCT if 'modality' in kinds else NoSeries if 'picture' in kinds else
                 NoPixels if kinds & {'no image', 'no spacing'} else NoDicom)
         raise kind(f'{folder} holds no CT slice that can be read: {why}. Give a folder of CT slices in DICOM files.')
-    if damaged > _SPOILED*(damaged + len(slices)):
+    if damaged > max(1, _SPOILED*(damaged + len(slices))):
         raise DamagedSeries(f'{damaged} of {damaged + len(slices)} files in {folder} are damaged: {why}. Copy the study again.')
     if unusable: notes.append(f'left out {_plural(sum(map(len, unusable.values())), "file")}: {why}')
-    if any(not s.h.get('Modality') and not s.h.get('SOPClassUID') for s in slices): notes.append('files do not say their modality; taken for CT')
+    if any(not s.h.get('Modality') for s in slices): notes.append('files do not say their modality; taken for CT')
     return slices
 
 _SPOILED = .1   # share of damaged slices from which a series is no longer mended
@@ -388,7 +388,7 @@ def read_series(
 ) -> Volume:                # (z, y, x) int16 HU, head to feet, front to back, the patient's right to left
     "Read a study as one CT volume; raises a `DicomError` that says what is wrong with it."
     folder, notes = Path(folder), []
-    if not folder.exists(): raise EmptyFolder(f'There is no folder {folder}; give a folder of DICOM files.')
+    if not folder.exists(): raise EmptyFolder(f'There is no {folder}; give a folder of DICOM files, or a NIfTI file.')
     if not (folder.is_dir() or folder.is_file()): raise EmptyFolder(f'{folder} is neither a folder nor a file; give a folder of DICOM files.')
     for table in ('train.csv', 'test.csv'):
         if (folder/table).exists(): raise EmptyFolder(f'{folder} holds {table}, so it is a data set; give the folder of one study in it.')
@@ -404,6 +404,8 @@ def read_series(
     if not found:
         if len(nifti) > 1: raise NiftiError(f'{folder} holds {len(nifti)} NIfTI files ({_names(nifti)}); give one of them.')
         return _read_nifti(nifti[0])
+    places = {(s.path.parent, s.h.get('StudyInstanceUID')) for s in found}
+    if (n := len({uid for _, uid in places})) > 1 and len({at for at, _ in places}) == len(places): notes.append(f'{n} studies in the folder; `cspine submit --data` takes a folder of studies')
     if nifti: notes.append(f'left out {_plural(len(nifti), "NIfTI file")} beside the slices: {_names(nifti)}')
     slices = _pick_group(found, folder, notes)
     _place(slices, notes)
@@ -419,6 +421,7 @@ def read_series(
     hu = np.empty(shape, 'i2')
     with ThreadPoolExecutor(max(1, workers or min(8, _cores()))) as pool: _fill(acquired(hu), a, stack, pool, folder, notes)
     some = hu[::4, ::8, ::8]
+    if hu.size > 1 and (some == some.flat[0]).all() and hu.min() == hu.max(): notes.append(f'all values are {hu.flat[0]}: no picture, or a rescale that gives no Hounsfield units')
     if (some < -1500).mean() > .02 and (hu < -1500).mean() > .02: notes.append(f'values down to {some.min()} HU: padding that the files do not declare; left as it is')
     return Volume(hu, affine + 0., first.h.get('StudyInstanceUID') or folder.name, notes, a)  # + 0.: no -0 in print
 

@@ -76,7 +76,8 @@ def _sagittal(ax, volume, labels, column):
     for i,(name,colour) in enumerate(COLOURS.items(), 1):
         z,y = np.nonzero(lab == i)
         if len(z):
-            ax.text(y.max()+3/dy, z.mean(), name, color=colour, fontsize=9, fontweight='bold', va='center',
+            front = y < y.min()+8/dy   # in front of the body: behind, the processes of others lie in the way
+            ax.text(max(y.min()-3/dy, centre-half), np.clip(z[front].mean(), 2, nz-3), name, color=colour, fontsize=9, fontweight='bold', ha='right', va='center', clip_on=True,
                     path_effects=[withStroke(linewidth=2.5, foreground='black')])
     ax.set_xlim(max(centre-half, 0)-.5, min(centre+half, ny)-.5)
     _blank(ax)
@@ -223,10 +224,16 @@ def _per_target(table):
 
 def _flat(card):
     "What of a bundle's card fits into a line each: texts, numbers, and tables of them"
-    def line(v): return ', '.join(f'{k} {x}' for k,x in v.items()) if isinstance(v, dict) else v
     plain = (str,int,float)
-    return {k:line(v) for k,v in (card or {}).items()
-            if isinstance(v, plain) or (isinstance(v, dict) and all(isinstance(x, plain) for x in v.values()))}
+    def line(v):
+        if not isinstance(v, dict): return v if isinstance(v, plain) else ''
+        return ', '.join(f'{k.replace("_", " ")} {x}' for k,x in v.items() if isinstance(x, plain))
+    card = dict(card or {})
+    runs = card.pop('runs', None)   # a bundle from elsewhere may hold anything here
+    runs = [r for rs in runs.values() if isinstance(rs, list) for r in rs if isinstance(r, dict)] if isinstance(runs, dict) else []
+    learned = [str(r['data']) for r in runs if r.get('data')]
+    if learned: card['trained_on'] = '; '.join(dict.fromkeys(learned))
+    return {'use' if k == 'not_for' else k:said for k,v in card.items() if (said := line(v)) != ''}
 
 def report_page(
     entries,         # of Entry: one per study

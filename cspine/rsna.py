@@ -9,7 +9,7 @@ __all__ = ['UID', 'KIND', 'ROW', 'VALUE', 'PREVALENCE', 'PRIOR', 'TableError', '
            'best_constant', 'score']
 
 # %% ../nbs/03_rsna.ipynb #72a6a780
-import csv,hashlib,io,math,os,re,tempfile
+import csv,hashlib,io,math,os,re,sys,tempfile
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -146,10 +146,13 @@ def read_boxes(
 )->pd.DataFrame:    # StudyInstanceUID, x, y, width, height (px), slice_number (the number in the file's name)
     "The boxes that radiologists drew around fractures, one row per box and slice; no row is there twice"
     types = {UID:validate_uid, 'x':_number, 'y':_number, 'width':_size, 'height':_size, 'slice_number':_whole}
-    df = read_table(path, types, key=types)
+    df = read_table(path, types)
+    twice = df.duplicated()
+    for line,again in zip(df.attrs['lines'], twice):
+        if again: print(f'{path}, line {line}: the box is already there; taken once', file=sys.stderr)
     for line,x,y,w,h in zip(df.attrs.pop('lines'), df['x'], df['y'], df['width'], df['height']):
         if x+w <= 0 or y+h <= 0: raise TableError(f'{path}, line {line}: the box from {x:g}, {y:g}, of {w:g} x {h:g}, lies outside the slice')
-    return df
+    return df[~twice].reset_index(drop=True)
 
 def read_submission(
     path,           # a submission.csv
@@ -208,6 +211,7 @@ def test_rows(
     for u in studies:
         try: u.encode()
         except UnicodeEncodeError: raise TableError(f'{data} holds the study {u!a}, whose name is not UTF-8 and fits into no CSV: rename the folder') from None
+    if not studies: raise TableError(f'{data} holds no study to answer: there is no test.csv, and test_images is empty')
     rows = [(f'{u}_{t}', u, t) for u in studies for t in TARGETS]
     return pd.DataFrame(rows, columns=[ROW,UID,KIND])
 test_rows.__test__ = False   # pytest: not a test
@@ -332,7 +336,7 @@ def folds(
 )->pd.Series:           # uid -> fold, 0 to n-1, sorted by uid
     "Whole studies into folds with alike labels, the same on every machine; raises `CspineError` if a fold would be empty"
     if n < 2: raise CspineError(f'{n} folds cannot be made: ask for 2 or more')
-    if len(train) < n: raise CspineError(f'{len(train)} studies cannot fill {n} folds: take more studies or fewer folds')
+    if len(train) < n: raise CspineError(f'{len(train)} studies cannot fill {n} folds: take {n} or more')
     rare = sorted(TARGETS, key=lambda t: train[t].sum())
     has = {u: [t for t,v in zip(rare, row) if v] for u,row in zip(train.index, train[rare].to_numpy())}
     def turn(u): return [t not in has[u] for t in rare],hashlib.sha256(f'{seed} {u}'.encode()).digest()

@@ -268,7 +268,9 @@ def train_segmentation(
 ) -> Path:                      # the run folder
     "Train stage 1 on the studies that have a mask, split by study"
     preset,data = get_preset(preset),Path(data)
-    if epochs: preset = replace(preset, segmentation=replace(preset.segmentation, epochs=int(epochs)))
+    if epochs:
+        seg = preset.segmentation
+        preset = replace(preset, segmentation=replace(seg, epochs=int(epochs), low_epochs=min(int(epochs), seg.low_epochs)))
     seg = preset.segmentation
     if weights and seg.model == 'unet3d': raise CspineError(f'preset {preset.name} has a 3D network in stage 1, which no encoder weights fit; leave out --weights')
     table = read_train(data/'train.csv')
@@ -348,6 +350,7 @@ def cache_crops(
     from joblib import Parallel,delayed
     run,folder = Path(run).resolve(),Path(folder)
     trained = read_run(run)['folds']
+    if not trained: raise CspineError(f'{run} has no trained fold yet: finish it with `cspine train segmentation ... --resume`')
     # what the crops depend on: another stage 1, margin or size must not find the old ones
     weights = {k:hashlib.sha256((run/f'fold{k}'/'model.safetensors').read_bytes()).hexdigest() for k in trained}
     cls = preset.classification

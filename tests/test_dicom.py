@@ -449,7 +449,7 @@ def test_hopeless_folders(tmp_path):
     (tmp_path/'dirs'/'more').mkdir()
     (tmp_path/'letter'/'1.dcm').write_text('not a scan')
     shutil.copy(get_testdata_file('MR_small.dcm'), tmp_path/'mr')
-    for name, kind, words in (('nowhere', EmptyFolder, 'no folder'), ('empty', EmptyFolder, 'no files'),
+    for name, kind, words in (('nowhere', EmptyFolder, 'There is no .*nowhere'), ('empty', EmptyFolder, 'no files'),
                               ('dirs', EmptyFolder, 'no files'), ('letter', NoDicom, '1.dcm is not DICOM'),
                               ('mr', NotCT, 'MR_small.dcm is MR')):
         with pytest.raises(kind, match=words) as e:
@@ -699,3 +699,16 @@ def test_values_far_below_air_are_said(tmp_path):
     hu[:, :, :4] = -3024
     note, = same(read_series(write_series(hu, affine, tmp_path)), hu, affine).notes
     assert note == 'values down to -3024 HU: padding that the files do not declare; left as it is'
+
+
+def test_a_folder_of_studies_is_said(tmp_path):
+    hu, affine = block()
+    write_series(hu, affine, tmp_path/'a', uid='1.2.3')
+    write_series(hu[:11] + 1, affine, tmp_path/'b', uid='1.2.4')
+    volume = same(read_series(tmp_path), hu, affine)
+    assert volume.uid == '1.2.3' and volume.notes[0].startswith('2 studies in the folder; `cspine submit --data`')
+
+
+def test_a_constant_volume_is_said(tmp_path):
+    volume = read_series(write_series(np.full((5, 20, 16), -1024), block()[1], tmp_path))
+    assert volume.notes == ['all values are -1024: no picture, or a rescale that gives no Hounsfield units']

@@ -300,11 +300,10 @@ def test_every_plain_decimal_number(tmp_path, text):
 
 
 @pytest.mark.parametrize("row, says", [
-    ("1.2,10.0,20,5,6,7", r"line 5: 1\.2, 10\.0, 20\.0, 5\.0, 6\.0, 7 is already on line 2$"),
     ("1.2,-1000,20,5,6,7", "line 5: the box from -1000, 20, of 5 x 6, lies outside the slice$"),
     ("1.2,10,-6,5,6,7", "line 5: the box from 10, -6, of 5 x 6, lies outside"),
 ])
-def test_boxes_that_are_twice_there_or_nowhere(tmp_path, row, says):
+def test_boxes_that_are_nowhere(tmp_path, row, says):
     path = tmp_path / "x.csv"
     sound = "StudyInstanceUID,x,y,width,height,slice_number\n1.2,10,20,5,6,7\n1.2,11,20,5,6,7\n1.2,-3,-2,5,6,8\n"   # two on a slice, one over its edge
     path.write_text(sound)
@@ -312,6 +311,13 @@ def test_boxes_that_are_twice_there_or_nowhere(tmp_path, row, says):
     path.write_text(sound + row + "\n1.2,1,1,1,1,9\n")
     with pytest.raises(TableError, match=says):
         read_boxes(path)
+
+
+def test_a_box_that_is_twice_there_is_taken_once_and_said(tmp_path, capsys):
+    path = tmp_path / "x.csv"
+    path.write_text("StudyInstanceUID,x,y,width,height,slice_number\n1.2,10,20,5,6,7\n1.2,11,20,5,6,7\n1.2,10.0,20,5,6,7\n")
+    assert read_boxes(path).x.tolist() == [10, 11]
+    assert capsys.readouterr().err == f"{path}, line 4: the box is already there; taken once\n"
 
 
 def test_a_header_alone_is_no_table_of_labels_but_one_of_no_boxes(tmp_path):

@@ -23,13 +23,12 @@ from cspine_submission.reading import ReadFailed, read_ahead
 from cspine_submission.reasons import why
 
 PREDICTED, NO_SPINE, STOOD_IN = "predicted", "no cervical spine", "prior"
-REPORT = "submission_report.json"  # beside the CSV
 
 
 def submit(
     data,  # folder with test.csv and test_images/, or a folder of study folders
     bundle=None,  # bundle folder; None: the demo bundle, and a line that says so
-    out="submission.csv",  # the CSV; submission_report.json and the folder <out>.parts come beside it
+    out="submission.csv",  # the CSV; beside it come submission_report.json, named like it, and the folder <out>.parts
     device=None,  # 'cpu', 'cuda', ...; None: a GPU where there is one
     workers=None,  # processes that read ahead of the network; None: by the number of cores
     timeout=600,  # s that reading one study may take, and then predicting it
@@ -44,8 +43,6 @@ def submit(
     with _writing(out):
         if out.is_dir():
             raise CspineError(f"{out} is a folder; out takes the CSV file to write")
-    if out.name == REPORT:
-        raise CspineError(f"{REPORT} is the report's name; name the CSV otherwise")
     rows = test_rows(data)
     if not len(rows):
         raise CspineError(f"{data / 'test.csv'} has no rows to answer")
@@ -96,7 +93,7 @@ def submit(
         write_submission(pd.DataFrame({"row_id": rows["row_id"], "fractured": answers}), out)
     report = {
         "path": str(out),
-        "report": str(out.with_name(REPORT)),
+        "report": str(out.with_name(f"{out.stem}_report.json")),
         "data": str(data),
         "rows": len(rows),
         "studies": len(uids),
