@@ -43,6 +43,9 @@ def write_data_set(
 )->Path:                # the folder
     "Write studies and their tables in the competition's layout; go on where an earlier run was stopped"
     out, facts = Path(out), Path(out)/'phantom.json'; train, test, size, seed, rate = (asked[k] for k in ('train', 'test', 'size', 'seed', 'rate'))
+    for k in ('train', 'test', 'size', 'seed'):
+        if not isinstance(asked[k], int): raise CspineError(f'{k}={asked[k]!r} is no whole number.')
+    if workers is not None and workers < 1: raise CspineError(f'workers={workers}: one process or more.')
     if train < 0 or test < 0 or train + test == 0: raise CspineError(f'Nothing to make: train={train}, test={test}; ask for at least one study.')
     if not 32 <= size <= 1024: raise CspineError(f'size={size} is outside 32 to 1024 pixels.')
     if not 0 < rate <= 5: raise CspineError(f'rate={rate} is outside 0 to 5 times the competition\'s prevalence.')
@@ -51,10 +54,14 @@ def write_data_set(
         try: had = json.loads(facts.read_text()); had['asked'], had['complete']
         except (OSError, ValueError, KeyError, TypeError): raise CspineError(f'{facts} is damaged, or not of `cspine phantom`; delete {out}, or choose another folder.') from None
         if had['asked'] != asked:
-            raise CspineError(f"{out} already holds phantoms made with {had['asked']}, not {asked}; choose another folder or delete it.")
+            other = [f'{k} {had["asked"].get(k, "not given")}, not {asked.get(k, "without")}' for k in {**asked, **had['asked']} if had['asked'].get(k) != asked.get(k)]
+            raise CspineError(f"{out} already holds phantoms made with {'; '.join(other)}: choose another folder or delete it.")
         if had['complete']: print(f'reusing the {train} + {test} phantoms in {out}'); return out
+    elif out.is_file(): raise CspineError(f'{out} is a file; name a folder to make.')
     elif out.exists() and any(out.iterdir()): raise CspineError(f'{out} exists and holds something else; choose an empty folder.')
-    for d in ('.parts', 'train_images', 'test_images', 'segmentations', 'test_segmentations'): (out/d).mkdir(parents=True, exist_ok=True)
+    try:
+        for d in ('.parts', 'train_images', 'test_images', 'segmentations', 'test_segmentations'): (out/d).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise CspineError(f'{out} cannot be written ({e.strerror}): choose another folder.') from None
     write_whole(facts, json.dumps(dict(asked=asked, complete=False)))
     jobs = [('train', i) for i in range(train)] + [('test', train + i) for i in range(test)]
     work = partial(_made, out=out, write=write, asked=asked); workers = min(workers or os.cpu_count() or 1, len(jobs))

@@ -123,8 +123,8 @@ def _index(folder):
     "The index of a disk."
     from pydicom.fileset import FileSet
     with tempfile.TemporaryDirectory() as tmp:
-        disk = FileSet()
-        indexed = pydicom.dcmread(_slices(folder)[0])
+        disk, indexed = FileSet(), pydicom.dcmread(_slices(folder)[0])
+        disk.UID = f'{indexed.StudyInstanceUID[:60]}.7'   # else one at random
         indexed.PatientID = indexed.StudyID = '1'
         indexed.StudyDate, indexed.StudyTime = '20220101', '120000'
         disk.add(indexed)

@@ -4,15 +4,16 @@
 __all__ = ['Study', 'make_study', 'phantom']
 
 # %% ../nbs/04_phantom.ipynb #c770b575
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.ndimage import correlate1d, find_objects, gaussian_filter, gaussian_filter1d, label as ndlabel, maximum_filter
 from .presets import CspineError, LEVELS
 from .ctfile import LOSSY, SYNTAXES
-from .dicom import Volume, write_series
+from .dicom import Volume, read_series, write_series
 from .oddities import ODDITIES, acquire, write_odd
-from .rsna import write_mask
+from .rsna import validate_uid, write_mask
 from .dataset import BOX_COLUMNS as _COLUMNS, rows_of, write_data_set
 from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _rot, _spine
 from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fracture
@@ -21,6 +22,7 @@ from .simple_phantom import SIMPLE_COLUMNS, write_simple_study
 
 # %% ../nbs/04_phantom.ipynb #d45319e4
 _F = np.float32
+_SEEN = 3.                      # mm of a lesion that a scan's end must leave, or nobody can call it
 # name: share, blur's standard deviation (mm), overshoot, noise (HU, for a voxel of 0.45 x 0.45 x 0.8 mm)
 _KERNELS = dict(bone=(.6, (.28, .38), (.5, 1.1), (28, 70)), standard=(.3, (.38, .52), (0., .4), (20, 50)), soft=(.1, (.55, .75), (0., 0.), (10, 28)))
 _TRUTH = 'StudyInstanceUID level kind gap_mm displacement_mm x0 y0 z0 x1 y1 z1 width_mm depth_mm height_mm'.split()
@@ -40,7 +42,16 @@ def _scan(rng, spine, scale, has, given):
     out = dict(fov=fov, dz=dz, thickness=thick, top=top, bottom=bottom, centre=centre, kernel=kernel,
                blur=rng.uniform(*blur), overshoot=rng.uniform(*over), noise=rng.uniform(*noise)*(1.5 if has['large'] else 1))
     if odd := set(given or {}) - set(out): raise CspineError(f'scan names {", ".join(map(str, sorted(odd)))}; it may hold {", ".join(out)}.')
-    return out | (given or {})
+    out |= given or {}
+    for name in ('fov', 'dz', 'thickness', 'blur'): _number(name, out[name], .01)
+    for name in ('top', 'bottom'): _number(name, out[name])
+    for name in ('overshoot', 'noise'): _number(name, out[name], 0)
+    if np.shape(out['centre']) != (2,) or not np.isfinite(out['centre']).all(): raise CspineError(f"scan centre={out['centre']!r} should be (x, y) in mm.")
+    if out['top'] <= out['bottom']: raise CspineError(f"scan top={out['top']} should lie above bottom={out['bottom']}, in mm.")
+    return out
+
+def _number(name, v, least=-np.inf):
+    if not (isinstance(v, (int, float, np.number)) and np.isfinite(v) and v >= least): raise CspineError(f'scan {name}={v!r} should be a number of {least:g} or more.')
 
 class _Grid:
     "Voxel centres of an axial series: x, y, z (mm) along columns, rows, slices (head to feet)"
@@ -72,6 +83,7 @@ def _noise_tiles(rng, size, px, blur, n=8):
     return out
 
 # %% ../nbs/04_phantom.ipynb #dd07c3aa
+_BLOOD = 50.                    # HU of a fresh haematoma, 30 to 70
 _RIM = 2.6                      # mm: deeper than this bone is spongy all over
 
 @dataclass
@@ -132,6 +144,7 @@ class _Bone:
         rim = np.clip((-d - shell)*_F(1.25), 0, 1); inside = grain[ys, xs]*_F(.4*self.spongy) if self.texture else _F(0)
         value = _F(self.cortex) + rim*(_F(self.spongy - self.cortex) + inside) + more
         part = hu[ys, xs]; edge = d if fresh is None else np.maximum(d, fresh)
+        if fresh is not None: part += np.clip(_F(.5) - d*_F(1/width), 0, 1)*np.clip(_F(.5) + fresh*_F(1/width), 0, 1)*(_F(_BLOOD) - part)     # what a fresh gap is full of
         part += np.clip(_F(.5) - edge*_F(1/width), 0, 1)*(value - part)
         if self.label:
             near, lab = nearest[ys, xs], labels[ys, xs]; mine = d < near
@@ -187,16 +200,22 @@ def make_study(seed:int, # any integer, or a sequence of them; the same seed giv
                scan:dict=None, # fixed instead of drawn: fov, dz, thickness, top, bottom, blur, overshoot (mm, part), noise (HU)
               )->Study: # volume (int16 HU, head first), labels, fractured, boxes, fractures, decoys, facts
     "Make one synthetic neck CT with its truth; the neck of a seed is the same whatever is broken in it"
-    seeds = [int(s) for s in np.atleast_1d(seed)]
-    if min(seeds) < 0: raise CspineError(f'seed={seed}: a seed is 0 or more.')
-    if not 16 <= size <= 2048: raise CspineError(f'size={size} is outside 16 to 2048 pixels.')
+    try: seeds = [operator.index(s) for s in np.atleast_1d(np.asarray(seed, object))]
+    except TypeError: raise CspineError(f'seed={seed!r} is no integer, nor a sequence of them.') from None
+    if not seeds or min(seeds) < 0: raise CspineError(f'seed={seed}: a seed is 0 or more.')
+    if not (isinstance(size, (int, np.integer)) and 16 <= size <= 2048): raise CspineError(f'size={size!r} is no whole number of pixels from 16 to 2048.')
+    if not 0 < rate <= 5: raise CspineError(f'rate={rate!r} is outside 0 to 5 times the competition\'s prevalence.')
+    if uid is not None: validate_uid(uid)
     if not isinstance(prevalence, Prevalence): raise CspineError('prevalence must be a cspine.anatomy.Prevalence; change one by dataclasses.replace.')
+    if kinds is not None and not (isinstance(kinds, dict) and all(isinstance(k, str) for k in kinds.values())):
+        raise CspineError(f"kinds={kinds!r} should be a dict of levels and their kind, as {{'C2': 'hangman'}}.")
     if kinds and (odd := set(kinds) - set(LEVELS)): raise CspineError(f'kinds names {", ".join(map(str, odd))}; levels are {", ".join(LEVELS)}.')
     drawing, neck, breaking, faking, scanning, noising, tissue = (np.random.default_rng([*seeds, 7001 + k]) for k in range(7))
     drawn = draw_fractured(drawing, rate)
-    if kinds: drawn = np.array([n in kinds for n in LEVELS])
-    elif fractured is not None: drawn = np.asarray(fractured, bool)
-    if drawn.shape != (7,): raise CspineError(f'fractured must hold 7 values, C1 to C7, not {drawn.shape}')
+    if kinds is not None: drawn = np.array([n in kinds for n in LEVELS])
+    elif fractured is not None:
+        if not np.isin(fractured, (0, 1)).all() or np.shape(fractured) != (7,): raise CspineError(f'fractured={fractured!r} should hold 7 values, C1 to C7, each 0 or 1.')
+        drawn = np.asarray(fractured, bool)
     uid = uid or '1.2.826.0.1.3680043.22.' + '.'.join(map(str, seeds))
     has = prevalence.draw(drawing, ('degenerative', 'osteoporosis', 'sclerotic', 'child', 'large', 'turned', 'tilted', 'contrast', 'tube',
                                     'metal', 'hardware', 'collar', 'table', 'motion', 'cut_short'))
@@ -267,7 +286,9 @@ def make_study(seed:int, # any integer, or a sequence of them; the same seed giv
     boxes, tables = [], ([], [])
     for b, name in ((b, v.name) for v in spine.values() for b in bones if b.c is v.c):
         for i, rows in sorted(b.seen.items()):
-            l = b.lesions[i]; a = np.array(rows); lo, hi = a[:, [3, 1, 0]].min(0), a[:, [4, 2, 0]].max(0) + [0, 0, 1]; mm = (hi - lo)*[px, px, grid.dz]
+            l = b.lesions[i]; a = np.array(rows)
+            if np.ptp(a[:, 0])*grid.dz < _SEEN and {0, n - 1} & set(a[:, 0]): continue              # cut off by the scan's end
+            lo, hi = a[:, [3, 1, 0]].min(0), a[:, [4, 2, 0]].max(0) + [0, 0, 1]; mm = (hi - lo)*[px, px, grid.dz]
             tables[l.decoy].append((uid, name, l.kind, round(l.gap, 2), round(l.displacement, 2), *lo.tolist(), *hi.tolist(), *np.round(mm, 1).tolist()))
             if not l.decoy: boxes += [(uid, x0, y0, x1 - x0, y1 - y0, k + 1) for k, y0, y1, x0, x1 in rows]
     broken, decoys = (pd.DataFrame(t, columns=_TRUTH) for t in tables)
@@ -292,6 +313,16 @@ def _draw_files(seed, i, size, odd):
     if oddity and ODDITIES[oddity].raw: syntax = 'explicit'
     return size, syntax, oddity
 
+def _boxes_on(table, affine, volume):
+    "The boxes x0 ... z1 of a table, from a grid with `affine` onto the volume's"
+    table = table.copy(); back = np.linalg.inv(volume.affine)@affine
+    for k, r in table.iterrows():
+        corners = np.stack(np.meshgrid([r.z0, r.z1], [r.y0, r.y1], [r.x0, r.x1], indexing='ij'), -1).reshape(-1, 3) - .5
+        at = (back@np.c_[corners, np.ones(8)].T)[:3].T + .5
+        lo, hi = (np.clip(v, 0, volume.shape).astype(int) for v in (np.floor(at.min(0) + 1e-3), np.ceil(at.max(0) - 1e-3)))
+        table.loc[k, ['z0', 'y0', 'x0', 'z1', 'y1', 'x1']] = [*lo, *hi]
+    return table
+
 def _write_study(i, uid, folder, mask, size, seed, rate, odd):
     "Make and write one study; its rows of the tables come back"
     size, syntax, oddity = _draw_files(seed, i, size, odd)
@@ -300,6 +331,9 @@ def _write_study(i, uid, folder, mask, size, seed, rate, odd):
     if oddity:
         write_odd(study.volume.hu, study.volume.affine, folder, oddity, uid=uid, syntax=syntax, seed=(seed, i, 2), series=more)
         labels, affine, _ = acquire(study.labels, study.volume.affine, oddity, order=0)
+        if labels.shape != study.labels.shape or not np.allclose(affine, study.volume.affine):      # the boxes of the tables, on the grid that is read
+            got = read_series(folder)
+            study.fractures, study.decoys = (_boxes_on(t, study.volume.affine, got) for t in (study.fractures, study.decoys))
         if not ODDITIES[oddity].named: study.boxes = study.boxes[:0]             # slices with other numbers, or none
     else:
         write_series(study.volume.hu, study.volume.affine, folder, uid=uid, syntax=syntax, series=more)

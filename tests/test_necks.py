@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import ndimage
 
 from cspine.anatomy import Prevalence, _spine
 from cspine.ctfile import LOSSY, SYNTAXES
@@ -297,7 +298,7 @@ def test_a_soft_kernel_blurs_and_its_noise_is_coarse():
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(size=8), 'outside 16 to 2048'), (dict(seed=-1), 'a seed is 0 or more'), (dict(fractured=[1, 0]), 'must hold 7 values'),
+    (dict(size=8), 'pixels from 16 to 2048'), (dict(seed=-1), 'a seed is 0 or more'), (dict(fractured=[1, 0]), 'should hold 7 values'),
     (dict(kinds={'C4': 'hangman'}), 'does not happen at C4; one of '), (dict(kinds={'C9': 'burst'}), 'kinds names C9'),
     (dict(scan={'fow': 170}), 'scan names fow; it may hold fov'), (dict(prevalence=.5), 'must be a cspine.anatomy.Prevalence')])
 def test_what_cannot_be_made_is_said(wrong, message):
@@ -317,3 +318,53 @@ def test_the_command_line_makes_them(tmp_path):
     simple = cli.phantom(tmp_path / 'f', train=1, test=0, size=32, seed=3, simple=True)
     assert not (simple / 'studies.csv').exists()
     with pytest.raises(CspineError, match='already holds phantoms'): cli.phantom(simple, train=1, test=0, size=32, seed=3)
+
+
+@pytest.mark.parametrize('oddity', ['tilted', 'uneven', 'sagittal', 'gap'])
+def test_the_boxes_of_the_tables_lie_on_the_grid_that_is_read(tmp_path, monkeypatch, oddity):
+    monkeypatch.setattr('cspine.phantom._draw_files', lambda *a: (96, 'explicit', oddity))
+    data = phantom(tmp_path / 'd', train=2, test=0, size=96, seed=9, rate=5., workers=1)
+    table, n = pd.read_csv(data / 'fractures.csv'), 0
+    assert len(table) > 3
+    for uid, rows in table.groupby('StudyInstanceUID'):
+        volume = read_series(data / 'train_images' / uid)
+        labels = read_mask(data / 'segmentations' / f'{uid}.nii', volume)
+        for r in rows.itertuples():
+            assert 0 <= r.z0 < r.z1 <= len(labels) and r.y1 <= labels.shape[1] and r.x1 <= labels.shape[2]
+            n += (labels[r.z0:r.z1, r.y0:r.y1, r.x0:r.x1] == LEVELS.index(r.level) + 1).any()
+    assert n >= len(table) - 1
+
+
+def test_a_fresh_gap_holds_blood_not_fat():
+    how = dict(size=192, prevalence=Prevalence.none(), scan=dict(fov=130, dz=.6, thickness=.6, blur=.3, overshoot=0., noise=0))
+    study, before = make_study((61, 1), kinds=dict(C4='burst', C5='burst'), **how), make_study((61, 1), fractured=np.zeros(7), **how)
+    core = ndimage.binary_erosion((study.labels == 4) & (before.labels == 4), iterations=3)
+    assert core.sum() > 500 and np.percentile(study.volume.hu[core], 1) > 0
+
+
+def test_what_the_end_of_the_scan_leaves_of_a_fracture_is_none():
+    study = make_study((71, 3), 128, fractured=np.ones(7), prevalence=replace(Prevalence.none(), cut_short=1))
+    n, dz = len(study.labels), study.volume.spacing[0]
+    for r in study.fractures.itertuples():
+        assert (r.z1 - r.z0)*dz > 3 or (r.z0 > 0 and r.z1 < n), (r.level, r.kind)
+    assert len(study.fractures) and not study.fractured[3], 'of the facets of C4 one slice is left'
+
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(seed='a'), "seed='a' is no integer"), (dict(seed=[]), 'a seed is 0 or more'), (dict(size=64.5), 'size=64.5 is no whole number'),
+    (dict(rate=float('nan')), 'rate=nan'), (dict(kinds=['C4']), "should be a dict of levels"), (dict(kinds={'C4': ['burst']}), 'should be a dict of levels'),
+    (dict(scan=dict(dz=0)), 'scan dz=0 should be a number'), (dict(scan=dict(fov='170')), "scan fov='170'"), (dict(scan=dict(noise=-5)), 'scan noise=-5'),
+    (dict(scan=dict(top=-500, bottom=300)), 'should lie above'), (dict(fractured=np.full(7, .3)), 'each 0 or 1'), (dict(uid='../x'), 'is not a StudyInstanceUID')])
+def test_bad_arguments_of_a_study(wrong, says):
+    with pytest.raises(CspineError, match=says): make_study(**{'seed': 1, 'size': 64, **wrong})
+
+
+@pytest.mark.parametrize('wrong, says', [(dict(train=1.5), 'train=1.5 is no whole number'), (dict(seed='x'), "seed='x' is no whole number"), (dict(workers=-1), 'one process or more')])
+def test_bad_arguments_of_a_data_set(tmp_path, wrong, says):
+    with pytest.raises(CspineError, match=says): phantom(tmp_path / 'd', **{'train': 1, 'test': 0, 'size': 64, **wrong})
+
+
+def test_a_place_where_no_data_set_can_be(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(CspineError, match='file is a file; name a folder'): phantom(tmp_path / 'file', train=1, test=0)
+    with pytest.raises(CspineError, match='cannot be written'): phantom(tmp_path / 'file' / 'd', train=1, test=0)
