@@ -76,8 +76,11 @@ def _sagittal(ax, volume, labels, column):
     for i,(name,colour) in enumerate(COLOURS.items(), 1):
         z,y = np.nonzero(lab == i)
         if len(z):
-            front = y < y.min()+8/dy   # in front of the body: behind, the processes of others lie in the way
-            ax.text(max(y.min()-3/dy, centre-half), np.clip(z[front].mean(), 2, nz-3), name, color=colour, fontsize=9, fontweight='bold', ha='right', va='center', clip_on=True,
+            front = y < y.min()+16/dy   # beside the body, in front: behind, the processes of others lie in the way
+            beside = np.percentile(z[front], 75 if name == 'C2' else 50)   # C2's dens stands behind the arch of C1
+            edge = y[abs(z-beside)*dz <= 4].min()
+            ax.text(max(edge-3/dy, centre-half), np.clip(beside, 2, nz-3), name, color=colour, fontsize=9, fontweight='bold',
+                    ha='right', va='center', clip_on=True,
                     path_effects=[withStroke(linewidth=2.5, foreground='black')])
     ax.set_xlim(max(centre-half, 0)-.5, min(centre+half, ny)-.5)
     _blank(ax)
