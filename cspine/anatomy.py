@@ -246,7 +246,7 @@ def _typical(name, m, rng):
     for s in (-1, 1):
         ped = [s*(a - 2), b - 3, 1], [s*(cw + 2.5), b + cd*.55, 1]
         pil = [s*(cw + 4.5), b + cd*.8, 0]
-        lam = [s*(cw + 3), b + cd*1.15, -1], [0, back + 2, -2]
+        lam = [s*(cw + 3.5), b + cd*1.35, -1], [0, back + 3, -2]   # clear of the canal all the way
         tall = pitch/2 - rng.uniform(.6, 1.1)
         shapes += [_capsule(*ped, 3*t), _pillar(pil, [5*t, 4.3*t, tall], slope), _plate(*lam, 2.1*t, 5.2)]
         if thoracic:
@@ -260,7 +260,7 @@ def _typical(name, m, rng):
         for k, seg in (('pedicle', ped), ('lamina', lam), ('transverse process', bar)):
             p, q = np.array(seg, float); places[f'{k} {"RL"[s > 0]}'] = (p + (q - p)*.5, q - p, 8)
         places[f'facet {"RL"[s > 0]}'] = (np.array(pil) + [0, -slope*1.5, tall*.45], [0, -.4, 1], 8)   # the upper articular process
-    shapes.append(_plate([0, back + 1, -2], tip, 2.3*t, 5, 3.5 if not c7 else 5))
+    shapes.append(_plate([0, back + 3, -2], tip, 2.3*t, 5, 3.5 if not c7 else 5))
     if name in ('C3', 'C4', 'C5', 'C6'):
         shapes += [_capsule(tip, [s*4.5, tip[1] + 3, tip[2] - 2], 2.5) for s in (-1, 1)]
     p, q = np.array([0, back + 2, -2.]), np.array(tip, float)
@@ -278,14 +278,14 @@ def _axis(m, rng):
     tip = [0, back + 2 + sp, -6]
     for s in (-1, 1):
         pars, lam = ([s*9, 4, 1], [s*14.5, 13, -3]), ([s*(cw + 2), b + cd*1.1, -2], [0, back + 3, -3])
-        bar = [s*13, 4, -1], [s*(tp - 1), 5, -5]
+        bar = [s*13, 4, -1], [s*(tp - 1), 5, -5]; roots = [s*13, .5, -1], [s*13, 8, -1]   # before and behind the foramen
         shapes += [_ellipsoid([s*12.5, 1, h - 4.5], [8, 8.5, 4.8]), _capsule(*pars, 4.6*t), _pillar([s*16, 14, -6], [5, 4.5, 5.5], .8),
-                   _plate(*lam, 2.8*t, 6), _capsule(*bar, 3, 2.5), _capsule(tip, [s*5, tip[1] + 3, tip[2] - 2], 3),
-                   _capsule([s*18, 3, -12], [s*18, 3, 8], 2.6, cut=True)]
+                   _plate(*lam, 2.8*t, 6), *(_capsule(r, bar[1], 2.4, 2.7) for r in roots), _capsule(tip, [s*5, tip[1] + 3, tip[2] - 2], 3),
+                   _capsule([s*18, 4.4, -12], [s*18, 4.4, 8], 2.4, cut=True)]
         for k, seg in (('pars', pars), ('lamina', lam), ('transverse process', bar)):
             p, q = np.array(seg, float); places[f'{k} {"RL"[s > 0]}'] = ((p + q)/2, q - p, 9)
         places[f'facet {"RL"[s > 0]}'] = ([s*13, 2, h - 3], [s*.5, 0, 1], 8)
-    shapes.append(_plate([0, back + 1, -3], tip, 3*t, 6, 4.5))
+    shapes.append(_plate([0, back + 3, -3], tip, 3*t, 6, 4.5))
     places['spinous process'] = ([0, back + sp*.6, -5], [0, 1, -.3], 10)
     return [_canal(b, cw, cd, h)] + shapes, places
 
@@ -298,8 +298,9 @@ def _atlas(g, rng):
     shapes += [_capsule([0, front - 1, -1], [0, front - 1, 1], 3.6*t), _capsule([0, mid + depth, -1], [0, mid + depth + 3, -1], 3*t)]
     places = {'midline': ([0, mid + depth, -1], [1, 0, 0], 9)}
     for s in (-1, 1):
-        shapes += [_ellipsoid([s*17.5*g, 2*g, 0], [7*g, 9.5*g, 8*g]), _capsule([s*20*g, 3*g, 0], [s*36*g, 2*g, -1], 4*t, 3.5),
-                   _capsule([s*28*g, 3*g, -12], [s*28*g, 3*g, 12], 3, cut=True), _ellipsoid([s*16*g, 3*g, 9.5*g], [5.5*g, 8*g, 3.2*g], cut=True)]
+        shapes += [_ellipsoid([s*17.5*g, 2*g, 0], [7*g, 9.5*g, 8*g]),
+                   *(_capsule([s*20*g, v*g, 0], [s*36*g, 2*g, -1], 2.6*t*g, 3.2*g) for v in (-2.5, 8.5)),      # before and behind the foramen
+                   _capsule([s*28*g, 2.7*g, -12], [s*28*g, 2.7*g, 12], 2.6*g, cut=True), _ellipsoid([s*16*g, 3*g, 9.5*g], [5.5*g, 8*g, 3.2*g], cut=True)]
         i = 2 if s > 0 else 5; p = np.array(ring[i]); places[f'posterior arch {"RL"[s > 0]}'] = (p, np.array(ring[i + 1]) - p, 8)
         q = np.array([s*8*g, front + 1.5, 0]); places[f'anterior arch {"RL"[s > 0]}'] = (q, [1, .3*s, 0], 7.5)
         places[f'lateral mass {"RL"[s > 0]}'] = ([s*17*g, 1, 0], [1, .4, 0], 10)

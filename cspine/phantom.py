@@ -136,7 +136,6 @@ class _Bone:
             for i, piece in enumerate(pieces):
                 if not piece.any(): continue
                 for r, c in find_objects(ndlabel(maximum_filter(piece, int(6/width) | 1))[0]*piece):       # a box for each line, as people draw them
-                    if not (self.lesions[i].decoy or (first[r, c] < 0).any()): continue    # no bone left that one could see
                     self.seen.setdefault(i, []).append((k, max(ys.start + r.start - margin, 0), min(ys.start + r.stop + margin, hu.shape[0]),
                                                         max(xs.start + c.start - margin, 0), min(xs.start + c.stop + margin, hu.shape[1])))
         shell = self.shell[1] if self.behind == -99 else self.shell[0] + (self.shell[1] - self.shell[0])*np.clip(
@@ -286,7 +285,10 @@ def make_study(seed:int, # any integer, or a sequence of them; the same seed giv
     boxes, tables = [], ([], [])
     for b, name in ((b, v.name) for v in spine.values() for b in bones if b.c is v.c):
         for i, rows in sorted(b.seen.items()):
-            l = b.lesions[i]; a = np.array(rows)
+            l = b.lesions[i]
+            if not l.decoy: rows = [(k, y0, y1, x0, x1) for k, y0, y1, x0, x1 in rows if (labels[k, y0:y1, x0:x1] == b.label).any()]   # no box without bone in it
+            if not rows: continue
+            a = np.array(rows)
             if np.ptp(a[:, 0])*grid.dz < _SEEN and {0, n - 1} & set(a[:, 0]): continue              # cut off by the scan's end
             lo, hi = a[:, [3, 1, 0]].min(0), a[:, [4, 2, 0]].max(0) + [0, 0, 1]; mm = (hi - lo)*[px, px, grid.dz]
             tables[l.decoy].append((uid, name, l.kind, round(l.gap, 2), round(l.displacement, 2), *lo.tolist(), *hi.tolist(), *np.round(mm, 1).tolist()))

@@ -72,6 +72,22 @@ def test_a_gap_is_dark_where_nothing_moved(number, monkeypatch):
         assert r.displacement_mm == 0 and change[r.z0:r.z1, r.y0:r.y1, r.x0:r.x1].min() < -120, f'{r.level} {r.kind}'
 
 
+@pytest.mark.parametrize('seed', [0, 6, 15])   # these once had loose pieces: tips of C1, C2, the spinous process of C5
+def test_what_is_not_broken_is_in_one_piece(seed):
+    study, n = make_study((77, seed), 192, fractured=np.zeros(7)), 0
+    mm3 = np.prod(study.volume.spacing)
+    for k in range(1, 8):
+        bone = study.labels == k
+        if _touches_the_rim(bone): continue
+        pieces = np.sort(np.bincount(ndimage.label(bone)[0].ravel())[1:])*mm3
+        n += 1
+        assert (pieces[:-1] < 30).all(), f'C{k}: {pieces.round()} mm3'
+    assert n >= 5
+
+
+def _touches_the_rim(bone): return not bone.any() or any(bone.take((0, -1), axis).any() for axis in range(3))
+
+
 def test_every_kind_is_tried():
     assert {k for kinds in BROKEN for k in kinds.values()} == set(KINDS.index)
 
