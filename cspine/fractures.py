@@ -72,6 +72,14 @@ class Cut:
         for kx, ky, kz, ph, amp in self.waves.astype(_F): d = d + amp*np.sin(a*kx + b*ky + c*kz + ph)
         return d, np.sqrt(a*a + b*b + c*c)
 
+    @property
+    def opening(self): return max(0., float(np.dot(self.shift, self.normal)))   # mm by which the fragment moved away from the rest
+
+    def gape(self, u, v, w):
+        "Distance to the middle of the gap, half its width, distance to the centre: what a fragment leaves when it moves away is gap, too"
+        d, r = self.distance(u, v, w)
+        return np.abs(d - _F(self.opening/2)), (self.gap + self.opening)/2, r
+
     def moved(self, u, v, w):
         "How much of `shift` each point got, 0 to 1"
         return (self.distance(u, v, w)[0] > 0)*self.held(u, v, w)
@@ -104,7 +112,8 @@ class Lesion:
                 near = np.clip((_F(a + 3) - np.abs(u))*_F(.5), 0, 1)*np.clip((_F(b + 1) - v)*_F(.5), 0, 1)*np.clip((_F(h + 5) - w)*_F(.25), 0, 1)
                 w = w + near*front*_F(mm)*np.clip((w + _F(h))*_F(.5/h), 0, 1)
             elif move == 'spread': u = u - np.sign(u)*_F(mm)*np.clip((np.abs(u) - 6)*_F(.25), 0, 1)
-            elif move == 'slide': v = v + _F(mm)*np.clip((_F(m) - v)*_F(.33), 0, 1)
+            elif move == 'slide':                                               # all in front of m, forwards: nothing is left behind it
+                v = np.where(v > m, v, np.where(v > m - mm, _F(999), v + _F(mm)))
         for c in self.cuts:
             if np.any(c.shift):
                 k = c.moved(u, v, w); u, v, w = (x - k*_F(s) for x, s in zip((u, v, w), c.shift))

@@ -116,14 +116,14 @@ class _Bone:
                 if l.channel and abs(z - self.R[2]@np.array(l.channel[0])) < 14: hole = -_capsule(*l.channel).sdf(u, v, w); piece |= solid & (hole > -_RIM); d = np.maximum(d, hole)
                 for c in l.cuts:
                     if abs(z - self.R[2]@c.centre) > c.reach + _RIM: continue
-                    p, r = c.distance(u, v, w); p = np.abs(p)
+                    p, half, r = c.gape(u, v, w)
                     if c.gap:
-                        gap = np.minimum(_F(c.gap/2) - p, _F(c.reach) - r)
+                        gap = np.minimum(_F(half) - p, _F(c.reach) - r)
                         if c.fresh: fresh = gap if fresh is None else np.maximum(fresh, gap)
                         else: d = np.maximum(d, gap)
                     if c.dense: more = more + _F(c.dense)*np.clip(1 - (p*_F(1/1.8))**2, 0, 1)*np.clip(_F(c.reach) - r, 0, 1)
                     far = max(.3, width/2) if c.fresh else _RIM                  # what the plane can change
-                    piece |= solid & (p < max(c.gap/2 + far if c.gap else 0, 1.8 if c.dense else 0)) & (r < c.reach + far)
+                    piece |= solid & (p < max(half + far if c.gap else 0, 1.8 if c.dense else 0)) & (r < c.reach + far)
                 pieces.append(piece)
             if moved:
                 whole = self.whole.section(z + self.c[2], *at[1:])[2]

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
-from cspine.anatomy import Prevalence, _spine
+from cspine.anatomy import Prevalence, _evaluate, _spine
 from cspine.ctfile import LOSSY, SYNTAXES
 from cspine.dicom import read_series, write_series
-from cspine.fractures import DECOYS, KINDS, _decoys_of, _fractures_of, decoy, fracture, kinds_of
+from cspine.fractures import DECOYS, KINDS, _decoys_of, _fractures_of, _warp, decoy, fracture, kinds_of
 from cspine.oddities import ODDITIES
 from cspine.phantom import _draw_files, _kernel, _noise_tiles, make_study, phantom
 from cspine.presets import LEVELS, CspineError
@@ -86,6 +86,23 @@ def test_what_is_not_broken_is_in_one_piece(seed):
 
 
 def _touches_the_rim(bone): return not bone.any() or any(bone.take((0, -1), axis).any() for axis in range(3))
+
+
+@pytest.mark.parametrize('level, kind', [('C2', 'hangman'), ('C7', 'spinous process')])
+def test_a_fragment_that_moved_away_leaves_a_gap(level, kind):
+    "Walking through the cut, there is no bone for as long as the fragment moved, not bone that was stretched."
+    box, still = (np.array([-60., -60, -60]), np.array([60., 110, 60])), dict(degenerative=False, turned=False, tilted=False, large=False)
+    for seed in range(4):
+        bone = _spine(np.random.default_rng([seed, 3]), 1., still)[0][level]
+        lesion = fracture(bone, kind, np.random.default_rng([seed, 9]), 'displaced')
+        field, cut = _evaluate(bone.shapes, np.eye(3), np.zeros(3), box, .5, waves=bone.waves, warp=_warp([lesion]), pad=6), lesion.cuts[-1]
+        p = cut.centre + cut.normal*np.arange(-9, 9, .1)[:, None]
+        at = [(field.first[0] - p[:, 2])/.5, (p[:, 1] - field.first[1])/.5, (p[:, 0] - field.first[2])/.5]
+        distance, (away, half, _) = ndimage.map_coordinates(field.values, at, order=1), cut.gape(*p.T)
+        empty = ndimage.label((distance > 0) | (away < half))[0]
+        middle = empty[np.abs(away).argmin()]
+        forwards = dict((m, mm) for m, mm, _ in lesion.moves).get('slide', 0)*abs(cut.normal[1])
+        assert middle and (empty == middle).sum()*.1 > .8*(max(cut.opening, forwards) + cut.gap), (seed, lesion.displacement)
 
 
 def test_every_kind_is_tried():
