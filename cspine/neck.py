@@ -12,17 +12,18 @@ from .anatomy import Field, _body, _capsule, _chain, _ellipsoid, _evaluate, _pla
 _F = np.float32
 
 def _others(spine, rng, scale):
-    "Bones that are not vertebrae, each (shapes, R, origin, scale): skull base, jaw, hyoid, larynx, ribs, clavicles; and the teeth"
+    """Bones that are not vertebrae, each (shapes, R, origin, scale): skull base, jaw, hyoid, larynx, ribs, clavicles; and the teeth,
+    with what the soft tissue needs of the head: the skull's R, what the skin lies over"""
     out, I, O = [], np.eye(3), np.zeros(3); C1 = spine['C1']
     R, c1 = _rot(0, rng.normal(0, 6))@C1.R, C1.c; g = scale*rng.uniform(.95, 1.08)
-    # cranium: a shell, open at the foramen magnum; condyles on the lateral masses; clivus; mastoids
-    skull = _ellipsoid([0, -25, 72], [70, 88, 62]); inner = _ellipsoid([0, -25, 73], [64, 82, 56], cut=True)
-    hole = _capsule([0, 12, 0], [0, 12, 40], 16, cut=True)
+    # cranium: a shell, tilted so that its floor rises to the front, open at the foramen magnum; condyles on the lateral masses; clivus; mastoids
+    tilted = R@_rot(0, -18); skull = _ellipsoid([0, -25, 72], [70, 88, 62]); inner = _ellipsoid([0, -25, 73], [64, 82, 56], cut=True)
+    hole = _capsule([0, 7, 0], [0, 7, 40], 16, cut=True)
     clivus = [_capsule([0, -8, 17], [0, -24, 45], 6, 9)]
     condyles = [_ellipsoid([s*15, 3, 14.5], [5.5, 9.5, 5]) for s in (-1, 1)]
     mastoid = [_capsule([s*48, 4, 24], [s*46, -4, 4], 11, 6) for s in (-1, 1)]
     styloid = [_capsule([s*38, -12, 14], [s*32, -22, -12], 1.8, 1.2) for s in (-1, 1)]
-    out += [([skull, inner, hole], R, c1, g), (condyles + clivus, R, c1, g), (mastoid + styloid, R, c1, g)]
+    out += [([skull, inner, hole], tilted, c1, g), (condyles + clivus, R, c1, g), (mastoid + styloid, R, c1, g)]
     # jaw: two rami and a body; the palate; teeth
     drop, gape = rng.uniform(-8, 8), rng.uniform(0, 10)
     jaw = [(-46, -24, 22), (-44, -30, -12 + drop), (-32, -62, -24 + drop), (-10, -84, -26 + drop - gape), (10, -84, -26 + drop - gape),
@@ -46,7 +47,9 @@ def _others(spine, rng, scale):
     for s in (-1, 1): out.append((_chain([at('T1', [s*25, -55, up - 25]), at('T1', [s*70, -40, up - 8]), at('T1', [s*125, -15, up])], 6), I, O, 1))
     spots = [(39*np.sin(t), -30 - 52*np.cos(t)**1.2, drop - 14 - (14 + gape)*np.cos(t)) for t in np.linspace(-1.25, 1.25, 14)]
     teeth = [_capsule(np.add(p, [0, 2, 8]), np.add(p, [0, 1, 18]), 3.3) for p in spots]
-    return out, (teeth, R, c1, g)
+    face = [_tube([drop - gape - 39, drop - gape - 34, drop - 22, 0, 25, 48, 70], 0, -30, [34, 44, 50, 52, 58, 60, 40], [45, 58, 63, 61, 60, 58, 40]),
+            _capsule([0, -90, 38], [0, -98, 18], 4, 7)]
+    return out, (teeth, R, c1, g, dict(R=tilted, skin=[([skull], tilted), (face + mastoid, R)]))
 
 # %% ../nbs/04_neck.ipynb #55f00a59
 def _muscles(spine, rng, s):
@@ -68,20 +71,31 @@ def _muscles(spine, rng, s):
                 strand(i, dict(C3=(11, -44, 6, 4), C5=(10, -50, 8, 3.5), C7=(9, -50, 9, 3.5), T2=(9, -52, 9, 3)))]                       # strap muscles
     return out
 
+def _both(f, first, *grids):
+    "The parts of whole grids that a field on the same lattice covers, and the field's values there"
+    i = [int(round(abs(a - b)/f.step)) for a, b in zip(f.first, first)]; b = tuple(slice(a, a + n) for a, n in zip(i, f.values.shape))
+    parts = [g[b] for g in grids]; return *parts, f.values[tuple(map(slice, parts[0].shape))]
+
 def _soft(spine, rng, scale, turn, has, bounds, brain):
     """Soft tissue: a coarse `Field` of HU, and the parts with sharp edges as (Field, HU), skin last.
-    `brain`: shapes, R, origin, scale of what fills the skull."""
+    `brain`: shapes of what fills the skull; then the R, origin and scale of the head, and its parts, from `_others`."""
     I, O = np.eye(3), np.zeros(3); at = lambda n, v: spine[n].at(v, scale); step = 1.6
     z = np.arange(bounds[0][2] - 4, bounds[1][2] + 4, 4.)
     c = np.array([spine[n].c for n in ('T3', 'C7', 'C5', 'C3', 'C1')]); o = np.argsort(c[:, 2])
     sx, sy = (np.interp(z, c[o, 2], c[o, i]) for i in (0, 1)); z1, z7 = spine['C1'].c[2], spine['C7'].c[2]
     head, chest = 1/(1 + np.exp(-(z - z1 + 5)/8)), 1/(1 + np.exp((z - z7 - rng.uniform(-15, 15) + 6)/9))
     fat, neck = rng.uniform(4, 10)*(1 + 1.6*has['large']), rng.uniform(60, 68)*scale
-    rx = (neck + fat)*(1 - head) + 76*scale*head + chest*rng.uniform(70, 120)
-    ry = (neck*rng.uniform(.98, 1.08) + fat)*(1 - head) + 95*scale*head + chest*rng.uniform(8, 25)
-    cy = sy + rng.uniform(-2, 5)*scale*(1 - head) - head*26*scale
+    within = head*(1 - .5*np.clip((z - z1)/scale/50 - .2, 0, 1))                 # the neck ends inside the head
+    rx = (neck + fat)*(1 - head) + 62*scale*within + chest*rng.uniform(70, 120)
+    ry = (neck*rng.uniform(.98, 1.08) + fat)*(1 - head) + 60*scale*within + chest*rng.uniform(8, 25)
+    cy = sy + rng.uniform(-2, 5)*scale
     tube = _tube(z, sx, cy, rx, ry); tube.lo[:2], tube.hi[:2] = bounds[0][:2] - 2, bounds[1][:2] + 2
-    skin = _evaluate([tube], I, O, bounds, 2., blend=0, fill=60., everywhere=True)
+    skin = _evaluate([tube], I, O, bounds, 3., blend=0, fill=60., everywhere=True)
+    _, R1, c1, g1, parts = brain
+    for shapes, R in parts['skin']:                                              # 5 mm over skull and face, smoothly
+        if (f := _evaluate(shapes, R, c1, bounds, 3., g1, blend=8, fill=60., pad=24.)) is None: continue
+        d, e = _both(f, skin.first, skin.values); e = e - _F(5*scale); k = np.maximum(_F(14) - np.abs(d - e), 0)
+        np.minimum(d, e, out=d); d -= k*k*_F(1/56)
     at3 = _sample(*bounds, step, bounds); shape = tuple(map(len, at3)); first = tuple(float(k[0]) for k in at3)
     def rough(mm): r = gaussian_filter(rng.standard_normal(shape, _F), mm/step); return r/(r.std() + _F(1e-6))
     muscle, fat_hu, grain = rng.uniform(48, 68), rng.uniform(-125, -95), rough(rng.uniform(2, 4))
@@ -89,19 +103,12 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
     def blend(shapes, value, soft=.8, R=I, o=O, g=1., spread=0.):
         "Paint on the coarse grid"
         if (f := _evaluate(shapes, R, o, bounds, step, g, blend=0)) is None: return
-        put(f, value + (spread and grain[box(f)]*_F(spread)), soft)
-    def box(f):
-        i = [int(round(abs(f.first[k] - first[k])/step)) for k in range(3)]
-        return tuple(slice(a, min(a + n, m)) for a, n, m in zip(i, f.values.shape, shape))
-    def put(f, value, soft):
-        b = box(f); part = hu[b]; d = f.values[tuple(slice(0, k) for k in part.shape)]
-        if np.ndim(value): value = value[tuple(slice(0, k) for k in part.shape)]
-        part += np.clip(_F(.5) - d*_F(1/(2*soft)), 0, 1)*(value - part)
+        part, g, d = _both(f, first, hu, grain); part += np.clip(_F(.5) - d*_F(1/(2*soft)), 0, 1)*(value + g*_F(spread) - part)
     # muscles with fat between them: the two nearest distances
     near, second = np.full(shape, 20, _F), np.full(shape, 20, _F)
     for s in _muscles(spine, rng, scale):
         if (f := _evaluate([s], I, O, bounds, step, blend=0, fill=20.)) is None: continue
-        b = box(f); a, e = near[b], second[b]; d = f.values[tuple(slice(0, k) for k in a.shape)]
+        a, e, d = _both(f, first, near, second)
         np.minimum(e, np.maximum(a, d), out=e); np.minimum(a, d, out=a)
     hu += np.clip(_F(.5) - np.maximum(near, _F(.7) - (second - near)*_F(.5))*_F(.6), 0, 1)*(_F(muscle) + grain*_F(10) - hu)
     # tongue, floor of the mouth and pharynx wall; parotids, submandibular glands, thyroid; brain
@@ -114,7 +121,7 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
         blend([_ellipsoid(at('C3', [s*28, -44, 2]), np.array([10, 14, 12])*scale)], rng.uniform(30, 50), spread=10)
         blend([_ellipsoid(at('C7', [s*15, -34, 4]), np.array([8, 11, 20])*scale)], rng.uniform(85, 120) + 60*has['contrast'])
     blend([_ellipsoid(at('C7', [s*4, -17, 0]), np.array([7, 4, 34])*scale)], 40)                          # oesophagus
-    blend(*brain[:1], 35, R=brain[1], o=brain[2], g=brain[3])
+    blend(brain[0], 35, R=parts['R'], o=c1, g=g1)
     # canal: CSF and cord; discs
     canal = [spine['C1'].at([0, 13, 34], scale), at('C1', [0, 13, 0])] + [v.at([0, v.m['b'] + v.m['cd'], 0]) for n, v in spine.items() if n != 'C1']
     p = np.array(canal)

@@ -1,0 +1,48 @@
+"""The neck around the spine: what lies in what. Distances (mm) of the shapes themselves, in a few necks, no pictures."""
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cspine.anatomy import _ellipsoid, _evaluate, _spine
+from cspine.neck import _others, _soft
+
+SEEDS = range(4)
+BOUNDS = np.array([-100, -150, -70.]), np.array([100, 110, 190.])
+SKULL, CONDYLES, MASTOIDS, JAW, MAXILLA = range(5)
+
+
+@cache
+def neck(seed, contrast=False):
+    has = dict.fromkeys('degenerative turned tilted large contrast tube metal hardware'.split(), False) | dict(contrast=contrast, turned=seed == 3)
+    rng = np.random.default_rng([seed, 3]); scale = float(np.clip(rng.normal(1, .07), .8, 1.2))
+    spine, turn = _spine(rng, scale, has); others, teeth = _others(spine, rng, scale)
+    soft, sharp, skin = _soft(spine, np.random.default_rng(seed), scale, turn, has, BOUNDS, ([_ellipsoid([0, -25, 73], [64, 82, 56])], *teeth[1:]))
+    return SimpleNamespace(spine=spine, others=others, teeth=teeth, soft=soft, sharp=sharp, skin=skin, scale=scale)
+
+
+def solid(shapes, R, c, g=1., step=1.4):
+    """Points (n, 3), x, y, z in mm, inside shapes."""
+    f = _evaluate(shapes, R, c, BOUNDS, step, g, blend=1.)
+    return points(f)
+
+
+def points(f):
+    k = np.argwhere(f.values < 0)
+    return np.c_[f.first[2] + k[:, 2]*f.step, f.first[1] + k[:, 1]*f.step, f.first[0] - k[:, 0]*f.step]
+
+
+def at(f, p):
+    """A field's values at points within it."""
+    i = np.rint(np.c_[f.first[0] - p[:, 2], p[:, 1] - f.first[1], p[:, 0] - f.first[2]]/f.step).astype(int)
+    inside = ((i >= 0) & (i < f.values.shape)).all(1)
+    return f.values[tuple(i[inside].T)]
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_the_skin_covers_the_head(seed):
+    n = neck(seed)
+    for k in range(MAXILLA + 1):
+        assert (at(n.skin, solid(*n.others[k])) > -1).mean() < .01, f'head bone {k} outside the skin'
+    assert (at(n.skin, solid(*n.teeth[:4])) > -1).mean() < .01, 'teeth outside the skin'
