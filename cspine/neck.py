@@ -144,8 +144,9 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
         w = np.array([v.at([s*(v.m['a'] + 4.6), 2.2, 0]) for n, v in spine.items() if n in ('C2', 'C3', 'C4', 'C5', 'C6')])   # vertebral artery
         if has['contrast']: keep([_tube(w[:, 2], w[:, 0], w[:, 1], 1.8, 1.8)], artery)
         keep([_ellipsoid([0, 0, 0], [38, 45, 45])], rng.uniform(-880, -780), 2., o=at('T3', [s*48, -18, -14 + rng.uniform(-20, 8)]))
-    airway = [('C1', -27, 25, 11, 8), ('C1', -26, 0, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]
-    p = np.array([at(n, [0, v, w]) for n, v, w, *_ in airway]); k = rng.uniform(.75, 1.15)*scale; r = np.array([a[3:] for a in airway])*k
+    # airway: from a round end below the clivus, in the skull's frame
+    airway = [(None, -36, 15, 2, 1), (None, -34, 13, 8, 4), (None, -31, 7, 11, 6), ('C1', -26, -2, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]
+    p = np.array([at(n, [0, v, w]) if n else c1 + R1@(np.array([0, v, w])*g1) for n, v, w, *_ in airway]); k = rng.uniform(.75, 1.15)*scale; r = np.array([a[3:] for a in airway])*k
     keep([_tube(p[:, 2], p[:, 0], p[:, 1], r[:, 0], r[:, 1])], -1000.)
     if has['tube']: keep([_tube(p[:, 2], p[:, 0], p[:, 1], 4.5, 4.5)], 180., .8); keep([_tube(p[:, 2], p[:, 0], p[:, 1], 3.4, 3.4)], -1000., .8)
     return Field(hu, first, step), sharp, skin

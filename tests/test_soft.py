@@ -46,3 +46,20 @@ def test_the_skin_covers_the_head(seed):
     for k in range(MAXILLA + 1):
         assert (at(n.skin, solid(*n.others[k])) > -1).mean() < .01, f'head bone {k} outside the skin'
     assert (at(n.skin, solid(*n.teeth[:4])) > -1).mean() < .01, 'teeth outside the skin'
+
+
+def within_skull(n, p, radii=(64, 82, 56), centre=(0, -25, 73)):
+    """Which points lie within the skull's inner table."""
+    _, R, c, g = n.others[SKULL]
+    return ((((p - c)@R/g - centre)/radii)**2).sum(1) < 1
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_no_air_inside_the_skull(seed):
+    n = neck(seed)
+    for f, value in n.sharp:
+        if value < -900: assert not within_skull(n, points(f)).any()
+    airway = points(next(f for f, value in n.sharp if value < -900))
+    top = airway[:, 2].max()
+    assert top > n.spine['C1'].c[2] and not (at(n.skin, airway) > -5).any()
+    assert (airway[:, 2] > top - 1.5).sum() < .4*(np.abs(airway[:, 2] - top + 6) < .75).sum(), 'a flat end'
