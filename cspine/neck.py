@@ -13,17 +13,20 @@ _F = np.float32
 
 def _others(spine, rng, scale):
     """Bones that are not vertebrae, each (shapes, R, origin, scale): skull base, jaw, hyoid, larynx, ribs, clavicles; and the teeth,
-    with what the soft tissue needs of the head: the skull's R, what the skin lies over"""
+    with what the soft tissue needs of the head: the skull's R, what the skin lies over, air in bones and nose"""
     out, I, O = [], np.eye(3), np.zeros(3); C1 = spine['C1']
     R, c1 = _rot(0, rng.normal(0, 6))@C1.R, C1.c; g = scale*rng.uniform(.95, 1.08)
     # cranium: a shell, tilted so that its floor rises to the front, open at the foramen magnum; condyles on the lateral masses; clivus; mastoids
     tilted = R@_rot(0, -18); skull = _ellipsoid([0, -25, 72], [70, 88, 62]); inner = _ellipsoid([0, -25, 73], [64, 82, 56], cut=True)
     hole = _capsule([0, 7, 0], [0, 7, 40], 16, cut=True)
-    clivus = [_capsule([0, -8, 17], [0, -24, 45], 6, 9)]
+    clivus = _capsule([0, -11, 13], [0, -46, 14], 5, 7.5)                         # from the foramen forwards and up, outside the cavity
     condyles = [_ellipsoid([s*15, 3, 14.5], [5.5, 9.5, 5]) for s in (-1, 1)]
     mastoid = [_capsule([s*48, 4, 24], [s*46, -4, 4], 11, 6) for s in (-1, 1)]
     styloid = [_capsule([s*38, -12, 14], [s*32, -22, -12], 1.8, 1.2) for s in (-1, 1)]
-    out += [([skull, inner, hole], tilted, c1, g), (condyles + clivus, R, c1, g), (mastoid + styloid, R, c1, g)]
+    turns = [(i/9, 2.4*i) for i in range(10)]                                     # air cells wind around the mastoids' axes
+    cells = [[s*(48 - 2*t + (5.5 - 4*t)*np.cos(a)), 4 - 8*t + (5.5 - 4*t)*np.sin(a), 26 - 21*t] for s in (-1, 1) for t, a in turns]
+    air = [_ellipsoid(p, [2.6, 2.6, 2.6]) for p in cells]; hollow = [_ellipsoid(p, [2.6, 2.6, 2.6], cut=True) for p in cells]
+    out += [([skull, clivus, inner, hole], tilted, c1, g), (condyles, R, c1, g), (mastoid + styloid + hollow, R, c1, g)]
     # jaw: two rami and a body; the palate; teeth
     drop, gape = rng.uniform(-8, 8), rng.uniform(0, 10)
     jaw = [(-46, -24, 22), (-44, -30, -12 + drop), (-32, -62, -24 + drop), (-10, -84, -26 + drop - gape), (10, -84, -26 + drop - gape),
@@ -32,7 +35,10 @@ def _others(spine, rng, scale):
     bend = [np.array([44*np.sin(t), -30 - 57*np.cos(t)**1.5, -12 + drop - (14 + gape)*np.cos(t)]) for t in np.linspace(-np.pi/2, np.pi/2, 13)]
     out.append(([_plate(p, q, 4.5, 11) for p, q in zip(bend[:-1], bend[1:])] + [_capsule(jaw[0], jaw[1], 5, 5), _capsule(jaw[-2], jaw[-1], 5, 5)] + rami, R, c1, g))
     maxilla = [(-28, -50, 12), (-22, -70, 10), (0, -82, 9), (22, -70, 10), (28, -50, 12)]
-    out.append(([_plate(p, q, 5, 8) for p, q in zip(maxilla[:-1], maxilla[1:])], R, c1, g))
+    sinus = [([s*25, -60, 28], np.array([11, 15, 12])) for s in (-1, 1)]
+    out.append(([_plate(p, q, 5, 8) for p, q in zip(maxilla[:-1], maxilla[1:])] + [_ellipsoid([0, -62, 9], [25, 23, 2.5])]
+                + [_ellipsoid(p, r + 1.5) for p, r in sinus] + [_ellipsoid(p, r, cut=True) for p, r in sinus], R, c1, g))
+    air += [_ellipsoid(p, r) for p, r in sinus] + [_ellipsoid([s*6, -65, 22], [4.5, 26, 9.5]) for s in (-1, 1)]   # and the nose
     at = lambda n, v: spine[n].at(v, scale)
     hyoid = [at('C3', [s*a, b, 0]) for s, a, b in ((-1, 19, -24), (-1, 12, -40), (1, 12, -40), (1, 19, -24))]
     out.append((_chain(hyoid, 2.3), I, O, 1))
@@ -49,7 +55,7 @@ def _others(spine, rng, scale):
     teeth = [_capsule(np.add(p, [0, 2, 8]), np.add(p, [0, 1, 18]), 3.3) for p in spots]
     face = [_tube([drop - gape - 39, drop - gape - 34, drop - 22, 0, 25, 48, 70], 0, -30, [34, 44, 50, 52, 58, 60, 40], [45, 58, 63, 61, 60, 58, 40]),
             _capsule([0, -90, 38], [0, -98, 18], 4, 7)]
-    return out, (teeth, R, c1, g, dict(R=tilted, skin=[([skull], tilted), (face + mastoid, R)]))
+    return out, (teeth, R, c1, g, dict(R=tilted, skin=[([skull], tilted), (face + mastoid, R)], air=air))
 
 # %% ../nbs/04_neck.ipynb #55f00a59
 def _muscles(spine, rng, s):
@@ -112,7 +118,9 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
         np.minimum(e, np.maximum(a, d), out=e); np.minimum(a, d, out=a)
     hu += np.clip(_F(.5) - np.maximum(near, _F(.7) - (second - near)*_F(.5))*_F(.6), 0, 1)*(_F(muscle) + grain*_F(10) - hu)
     # tongue, floor of the mouth and pharynx wall; parotids, submandibular glands, thyroid; brain
-    blend([_ellipsoid(at('C2', [0, -52, 2]), np.array([26, 30, 22])*scale)], muscle - 5, spread=14)
+    chew = [_ellipsoid([s*u, -31, 2], [r, 17, 27]) for s in (-1, 1) for u, r in ((55, 6), (37, 6))]   # masseters and pterygoids, on both sides of the jaw
+    blend(chew, muscle, R=R1, o=c1, g=g1, spread=10)
+    blend([_ellipsoid([0, -50, -13], [25, 29, 20])], muscle - 5, R=R1, o=c1, g=g1, spread=14)
     blend([_ellipsoid(at('C3', [0, -46, 0]), np.array([22, 18, 14])*scale)], muscle - 5, spread=14)
     wall = {n: at(n, [0, v, 0]) for n, v in dict(C1=-22, C3=-20, C5=-26, C7=-26, T2=-26).items()}; p = np.array(list(wall.values()))
     blend([_tube(p[:, 2], p[:, 0], p[:, 1], np.array([16, 17, 18, 13, 12])*scale, np.array([9, 9, 12, 10, 10])*scale)], muscle - 10)
@@ -145,9 +153,10 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
         if has['contrast']: keep([_tube(w[:, 2], w[:, 0], w[:, 1], 1.8, 1.8)], artery)
         keep([_ellipsoid([0, 0, 0], [38, 45, 45])], rng.uniform(-880, -780), 2., o=at('T3', [s*48, -18, -14 + rng.uniform(-20, 8)]))
     # airway: from a round end below the clivus, in the skull's frame
-    airway = [(None, -36, 15, 2, 1), (None, -34, 13, 8, 4), (None, -31, 7, 11, 6), ('C1', -26, -2, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]
+    airway = [(None, -36, 15.5, .5, .5), (None, -35.5, 14.5, 4, 2), (None, -34, 11.5, 8, 4), (None, -31, 5, 11, 6), ('C1', -26, -2, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]
     p = np.array([at(n, [0, v, w]) if n else c1 + R1@(np.array([0, v, w])*g1) for n, v, w, *_ in airway]); k = rng.uniform(.75, 1.15)*scale; r = np.array([a[3:] for a in airway])*k
     keep([_tube(p[:, 2], p[:, 0], p[:, 1], r[:, 0], r[:, 1])], -1000.)
+    keep(parts['air'], -1000., R=R1, o=c1, g=g1)
     if has['tube']: keep([_tube(p[:, 2], p[:, 0], p[:, 1], 4.5, 4.5)], 180., .8); keep([_tube(p[:, 2], p[:, 0], p[:, 1], 3.4, 3.4)], -1000., .8)
     return Field(hu, first, step), sharp, skin
 
