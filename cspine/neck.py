@@ -47,8 +47,9 @@ def _others(spine, rng, scale):
     for n, k in (('T1', 1), ('T2', 1.3), ('T3', 1.5)):
         r = spine[n].m
         for s in (-1, 1):
-            rib = [(s*(r['a'] + 6), r['b'] + 2, r['h'] + 1), (s*30, r['b'] + 14, 2), (s*46*k**.5, r['b'] + 8, -8), (s*58*k, -18, -18), (s*54*k, -50, -30)]
-            out.append((_chain(rib, 4), spine[n].R, spine[n].c, 1))
+            rib = [(s*(r['a'] + 6.5), r['b'] - 5, r['h'] - 2), (s*(r['cw'] + 1 + 15.5*min(scale, 1)), r['b'] - 3, 2), (s*(r['tp'] - 3), r['b'] + r['cd'] - 4.3, 1),   # 2 mm before the process
+                   (s*46*k**.5, r['b'] + r['cd'] - 1, -8), (s*58*k, -18, -18), (s*54*k, -50, -30)]
+            out.append((_chain(rib, 4*min(scale, 1)), spine[n].R, spine[n].c, 1))
     up = rng.uniform(-10, 20)
     for s in (-1, 1): out.append((_chain([at('T1', [s*25, -55, up - 25]), at('T1', [s*70, -40, up - 8]), at('T1', [s*125, -15, up])], 6), I, O, 1))
     spots = [(39*np.sin(t), -30 - 52*np.cos(t)**1.2, drop - 14 - (14 + gape)*np.cos(t)) for t in np.linspace(-1.25, 1.25, 14)]

@@ -77,3 +77,15 @@ def test_the_clivus_is_no_peg_in_the_brain(seed):
     f = _evaluate(n.others[SKULL][0], R, c, BOUNDS, 1.4, g, blend=1.)
     thick = (at(f, c + g*local@R.T) < 0).reshape(v.shape).sum(0)
     assert (thick >= 5).all() and thick.max() > 8, 'a plate from the foramen forwards, thicker than the skull'
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_ribs_lie_before_the_transverse_processes(seed):
+    n = neck(seed)
+    for v in n.spine.values():
+        if v.name not in ('C7', 'T1', 'T2', 'T3'): continue
+        bone = _evaluate(v.shapes, v.R, v.c, BOUNDS, waves=v.waves, pad=4.)
+        for ribs in (o for o in n.others if o[2] is n.spine['T1'].c or o[2] is n.spine['T2'].c):
+            near = at(bone, solid(*ribs, step=.8))
+            assert not (near < 0).any(), f'a rib in {v.name}'
+            if v.c is ribs[2]: assert near.min() < 4.5, 'a rib without a joint'
