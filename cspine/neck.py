@@ -150,8 +150,11 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
             shape_ = [_tube(k[:, 2], k[:, 0], k[:, 1], r1, r2)]
             if has['contrast']: keep(shape_, value)
             else: blend(shape_, value)
-        w = np.array([v.at([s*(v.m['a'] + 4.6), 2.2, 0]) for n, v in spine.items() if n in ('C2', 'C3', 'C4', 'C5', 'C6')])   # vertebral artery
-        if has['contrast']: keep([_tube(w[:, 2], w[:, 0], w[:, 1], 1.8, 1.8)], artery)
+        w = [at('T1', [s*24, -20, 0]), at('C7', [s*21, -8, -4])] + [spine[n].at([s*(spine[n].m['a'] + 4.6), 2.2, 0]) for n in ('C6', 'C5', 'C4', 'C3')]
+        g = spine['C1'].m['g']; w = np.array(w + [spine['C2'].at([s*18, 3, -2]), spine['C1'].at([s*28*g, 3*g, 0]), spine['C1'].at([s*27*g, 6*g, 8])])
+        lines = [_tube(w[:, 2], w[:, 0], w[:, 1], 1.8, 1.8)]                     # vertebral artery
+        if has['contrast']: keep(lines, artery)
+        else: blend(lines, artery, soft=1.1)
         keep([_ellipsoid([0, 0, 0], [38, 45, 45])], rng.uniform(-880, -780), 2., o=at('T3', [s*48, -18, -14 + rng.uniform(-20, 8)]))
     # airway: from a round end below the clivus, in the skull's frame
     airway = [(None, -36, 15.5, .5, .5), (None, -35.5, 14.5, 4, 2), (None, -34, 11.5, 8, 4), (None, -31, 5, 11, 6), ('C1', -26, -2, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]

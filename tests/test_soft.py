@@ -89,3 +89,15 @@ def test_ribs_lie_before_the_transverse_processes(seed):
             near = at(bone, solid(*ribs, step=.8))
             assert not (near < 0).any(), f'a rib in {v.name}'
             if v.c is ribs[2]: assert near.min() < 4.5, 'a rib without a joint'
+
+
+@pytest.mark.parametrize('seed', SEEDS[:2])
+@pytest.mark.parametrize('contrast', [False, True])
+def test_a_vertebral_artery_fills_its_foramina(seed, contrast):
+    n = neck(seed, contrast)
+    for name in ('C2', 'C3', 'C4', 'C5', 'C6'):
+        v = n.spine[name]
+        for side in (-1, 1):
+            p = v.at([side*18, 3, -2] if name == 'C2' else [side*(v.m['a'] + 4.6), 2.2, 0])[None]
+            if contrast: assert any(value > 150 and at(f, p).min(initial=9) < 0 for f, value in n.sharp), name
+            else: assert at(n.soft, p) > -10, f'fat in a foramen of {name}'
