@@ -59,22 +59,27 @@ def _others(spine, rng, scale):
     return out, (teeth, R, c1, g, dict(R=tilted, skin=[([skull], tilted), (face + mastoid, R)], air=air))
 
 # %% ../nbs/04_neck.ipynb #55f00a59
-def _muscles(spine, rng, s):
-    "Muscles by the offsets (mm) that they have from the vertebrae"
+def _muscles(spine, rng, s, skull):
+    "Muscles by the offsets (mm) that they have from the vertebrae, and from the skull: `skull` places a point of its frame"
     def strand(side, knots, turn=0.):
-        "knots: vertebra -> (u, v, half width, half depth)"
-        p = np.array([[*spine[n].at([side*u, v, 14*(n == 'C1')], s), rx*s, ry*s] for n, (u, v, rx, ry) in knots.items()])
-        k = rng.uniform(1.5, 1.75); return _tube(p[:, 2], p[:, 0], p[:, 1], p[:, 3]*k, p[:, 4]*k, side*turn)
+        "knots: vertebra, or O for the occiput -> (u, v, half width, half depth, w = 0); both ends taper"
+        at = lambda n, v: spine[n].at(v, s) if n in spine else skull(v); k = rng.uniform(1.5, 1.75)*s
+        p = np.array([[*at(n, [side*u, v, *(w or [0])]), rx*k, ry*k] for n, (u, v, rx, ry, *w) in knots.items()])
+        def taper(a, b): e, r = (a - b)/max(abs(a[2] - b[2]), 6)*s*[1, 1, 1, 0, 0], a*[0, 0, 0, 1, 1]; return [a + 10*e - .85*r, a + 6*e - .3*r]
+        x, y, z, rx, ry = np.array([*taper(p[0], p[1]), *p, *taper(p[-1], p[-2])[::-1]]).T; tube = _tube(z, x, y, rx, ry, side*turn)
+        c, d = np.cos(turn), np.sin(turn); wide, deep = np.hypot(rx*c, ry*d) + 3, np.hypot(rx*d, ry*c) + 3   # a tight box, for speed
+        tube.lo[:2], tube.hi[:2] = (min(x - wide), min(y - deep)), (max(x + wide), max(y + deep)); return tube
     out = []
     for i in (-1, 1):
-        out += [strand(i, dict(C1=(6, -11, 5, 2.5), C3=(7, -12, 6, 3), C6=(9, -12, 7, 4), T3=(9, -14, 6, 4))),                       # longus
-                strand(i, dict(C1=(38, 0, 8, 10), C3=(46, -12, 8, 12), C5=(43, -28, 8, 12), C7=(33, -46, 8, 8), T2=(14, -60, 8, 5)), .5),  # sternocleidomastoid
+        out += [strand(i, dict(O=(5, -14, 4, 2.5, 12), C1=(6, -17, 5, 2.5), C3=(7, -12, 6, 3), C6=(9, -12, 7, 4), T3=(9, -14, 6, 4))),     # longus
+                strand(i, dict(O=(50, 5, 4, 7, 16), C1=(45, 0, 6, 9), C3=(46, -12, 8, 12), C5=(43, -28, 8, 12), C7=(33, -46, 8, 8), T2=(14, -60, 8, 5)), .5),  # sternocleidomastoid
                 strand(i, dict(C2=(26, 6, 4, 5), C4=(28, 3, 6, 7), C6=(31, 0, 8, 9), T1=(38, -4, 10, 9)), .3),                         # scalenes
-                strand(i, dict(C1=(32, 12, 6, 8), C3=(35, 14, 7, 10), C5=(38, 18, 8, 11), C7=(46, 24, 10, 12), T2=(54, 34, 12, 10)), -.3), # levator
-                strand(i, dict(C2=(12, 32, 8, 6), C4=(12, 34, 9, 6), C6=(13, 36, 10, 7), T2=(15, 36, 11, 8)), .2),                       # multifidus
-                strand(i, dict(C1=(15, 38, 12, 10), C3=(14, 46, 12, 7), C5=(15, 50, 13, 7), C7=(18, 52, 14, 7), T2=(20, 50, 14, 7))),   # semispinalis
-                strand(i, dict(C1=(32, 34, 11, 9), C3=(29, 42, 12, 8), C5=(28, 48, 13, 7), C7=(26, 58, 14, 5), T2=(24, 58, 14, 5)), -.5), # splenius
-                strand(i, dict(C1=(12, 56, 10, 3), C3=(18, 58, 15, 3.5), C5=(24, 60, 20, 4), C7=(34, 64, 30, 6), T2=(42, 64, 38, 7)), -.25), # trapezius
+                strand(i, dict(C1=(36, 10, 5, 6), C3=(35, 14, 7, 10), C5=(38, 18, 8, 11), C7=(46, 24, 10, 12), T2=(54, 34, 12, 10), T3=(56, 36, 12, 10, -50)), -.3),  # levator
+                strand(i, dict(C2=(12, 32, 8, 6), C4=(12, 34, 9, 6), C6=(13, 36, 10, 7), T2=(15, 36, 11, 8), T3=(15, 36, 11, 8, -50)), .2),  # multifidus
+                strand(i, dict(O=(12, 38, 8, 5, 16), C1=(11, 34, 8, 5, 6), C2=(9, 30, 5, 4, 4)), .2),                                   # suboccipital
+                strand(i, dict(O=(14, 55, 9, 5, 28), C1=(15, 44, 12, 9), C3=(14, 46, 12, 7), C5=(15, 50, 13, 7), C7=(18, 52, 14, 7), T2=(20, 50, 14, 7), T3=(20, 48, 14, 7, -50))),  # semispinalis
+                strand(i, dict(O=(42, 28, 8, 6, 28), C1=(34, 34, 11, 8), C3=(29, 42, 12, 8), C5=(28, 48, 13, 7), C7=(26, 58, 14, 5), T2=(24, 58, 14, 5), T3=(24, 56, 14, 5, -50)), -.5),  # splenius
+                strand(i, dict(O=(8, 66, 6, 2, 34), C1=(12, 57, 10, 3), C3=(18, 58, 15, 3.5), C5=(24, 60, 20, 4), C7=(34, 64, 30, 6), T2=(42, 64, 38, 7), T3=(40, 62, 36, 7, -50)), -.25),  # trapezius
                 strand(i, dict(C3=(11, -44, 6, 4), C5=(10, -50, 8, 3.5), C7=(9, -50, 9, 3.5), T2=(9, -52, 9, 3)))]                       # strap muscles
     return out
 
@@ -97,10 +102,10 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
     ry = (neck*rng.uniform(.98, 1.08) + fat)*(1 - head) + 60*scale*within + chest*rng.uniform(8, 25)
     cy = sy + rng.uniform(-2, 5)*scale
     tube = _tube(z, sx, cy, rx, ry); tube.lo[:2], tube.hi[:2] = bounds[0][:2] - 2, bounds[1][:2] + 2
-    skin = _evaluate([tube], I, O, bounds, 3., blend=0, fill=60., everywhere=True)
-    _, R1, c1, g1, parts = brain
+    skin = _evaluate([tube], I, O, bounds, 4., blend=0, fill=60., everywhere=True)
+    _, R1, c1, g1, parts = brain; skull = lambda v: c1 + R1@(np.asarray(v, float)*g1)
     for shapes, R in parts['skin']:                                              # 5 mm over skull and face, smoothly
-        if (f := _evaluate(shapes, R, c1, bounds, 3., g1, blend=8, fill=60., pad=24.)) is None: continue
+        if (f := _evaluate(shapes, R, c1, bounds, 4., g1, blend=8, fill=60., pad=24.)) is None: continue
         d, e = _both(f, skin.first, skin.values); e = e - _F(5*scale); k = np.maximum(_F(14) - np.abs(d - e), 0)
         np.minimum(d, e, out=d); d -= k*k*_F(1/56)
     at3 = _sample(*bounds, step, bounds); shape = tuple(map(len, at3)); first = tuple(float(k[0]) for k in at3)
@@ -113,11 +118,12 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
         part, g, d = _both(f, first, hu, grain); part += np.clip(_F(.5) - d*_F(1/(2*soft)), 0, 1)*(value + g*_F(spread) - part)
     # muscles with fat between them: the two nearest distances
     near, second = np.full(shape, 20, _F), np.full(shape, 20, _F)
-    for s in _muscles(spine, rng, scale):
+    for s in _muscles(spine, rng, scale, skull):
         if (f := _evaluate([s], I, O, bounds, step, blend=0, fill=20.)) is None: continue
         a, e, d = _both(f, first, near, second)
         np.minimum(e, np.maximum(a, d), out=e); np.minimum(a, d, out=a)
-    hu += np.clip(_F(.5) - np.maximum(near, _F(.7) - (second - near)*_F(.5))*_F(.6), 0, 1)*(_F(muscle) + grain*_F(10) - hu)
+    strands = _F(muscle) + grain*_F(10) - np.clip(_F(1) - np.abs(grain)*_F(3.5), 0, 1)*_F(rng.uniform(20, 90))   # fat between the bundles
+    hu += np.clip(_F(.5) - np.maximum(near, _F(.7) - (second - near)*_F(.5))*_F(.6), 0, 1)*(strands - hu)
     # tongue, floor of the mouth and pharynx wall; parotids, submandibular glands, thyroid; brain
     chew = [_ellipsoid([s*u, -31, 2], [r, 17, 27]) for s in (-1, 1) for u, r in ((55, 6), (37, 6))]   # masseters and pterygoids, on both sides of the jaw
     blend(chew, muscle, R=R1, o=c1, g=g1, spread=10)
@@ -158,9 +164,9 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
         keep([_ellipsoid([0, 0, 0], [38, 45, 45])], rng.uniform(-880, -780), 2., o=at('T3', [s*48, -18, -14 + rng.uniform(-20, 8)]))
     # airway: from a round end below the clivus, in the skull's frame
     airway = [(None, -36, 15.5, .5, .5), (None, -35.5, 14.5, 4, 2), (None, -34, 11.5, 8, 4), (None, -31, 5, 11, 6), ('C1', -26, -2, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]
-    p = np.array([at(n, [0, v, w]) if n else c1 + R1@(np.array([0, v, w])*g1) for n, v, w, *_ in airway]); k = rng.uniform(.75, 1.15)*scale; r = np.array([a[3:] for a in airway])*k
+    p = np.array([at(n, [0, v, w]) if n else skull([0, v, w]) for n, v, w, *_ in airway]); k = rng.uniform(.75, 1.15)*scale; r = np.array([a[3:] for a in airway])*k
     keep([_tube(p[:, 2], p[:, 0], p[:, 1], r[:, 0], r[:, 1])], -1000.)
-    keep(parts['air'], -1000., R=R1, o=c1, g=g1)
+    keep(parts['air'], -1000., 1.5, R=R1, o=c1, g=g1)
     if has['tube']: keep([_tube(p[:, 2], p[:, 0], p[:, 1], 4.5, 4.5)], 180., .8); keep([_tube(p[:, 2], p[:, 0], p[:, 1], 3.4, 3.4)], -1000., .8)
     return Field(hu, first, step), sharp, skin
 

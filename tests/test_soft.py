@@ -101,3 +101,15 @@ def test_a_vertebral_artery_fills_its_foramina(seed, contrast):
             p = v.at([side*18, 3, -2] if name == 'C2' else [side*(v.m['a'] + 4.6), 2.2, 0])[None]
             if contrast: assert any(value > 150 and at(f, p).min(initial=9) < 0 for f, value in n.sharp), name
             else: assert at(n.soft, p) > -10, f'fat in a foramen of {name}'
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_muscles_end_at_the_skull_and_run_on_below(seed):
+    n = neck(seed)
+    z = n.soft.first[0] - np.arange(len(n.soft.values))*n.soft.step
+    muscle = ((n.soft.values > 15) & (n.soft.values < 90)).sum((1, 2))*n.soft.step**2
+    part = muscle[(z > n.spine['T3'].c[2] - 8) & (z < n.spine['C1'].c[2] + 5)]
+    assert part.min() > 1500 and (np.abs(np.diff(part))/part[1:]).max() < .2, 'muscles cut flat'
+    R, c, g = n.teeth[1:4]
+    places = [n.spine['T3'].at([side*18, 46, -4], n.scale) for side in (-1, 1)] + [c + g*R@[side*14, 49, 14] for side in (-1, 1)]
+    assert (at(n.soft, np.array(places)) > -40).all(), 'fat where a muscle should be'
