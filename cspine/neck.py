@@ -54,7 +54,7 @@ def _others(spine, rng, scale):
     for s in (-1, 1): out.append((_chain([at('T1', [s*25, -55, up - 25]), at('T1', [s*70, -40, up - 8]), at('T1', [s*125, -15, up])], 6), I, O, 1))
     spots = [(39*np.sin(t), -30 - 52*np.cos(t)**1.2, drop - 14 - (14 + gape)*np.cos(t)) for t in np.linspace(-1.25, 1.25, 14)]
     teeth = [_capsule(np.add(p, [0, 2, 8]), np.add(p, [0, 1, 18]), 3.3) for p in spots]
-    face = [_tube([drop - gape - 39, drop - gape - 34, drop - 22, 0, 25, 48, 70], 0, -30, [34, 44, 50, 52, 58, 60, 40], [45, 58, 63, 61, 60, 58, 40]),
+    face = [_tube([drop - gape - 44, drop - gape - 38, drop - 22, 0, 25, 48, 70], 0, -30, [34, 46, 51, 52, 58, 60, 40], [52, 61, 63, 61, 60, 58, 40]),
             _capsule([0, -90, 38], [0, -98, 18], 4, 7)]
     return out, (teeth, R, c1, g, dict(R=tilted, skin=[([skull], tilted), (face + mastoid, R)], air=air))
 
