@@ -12,17 +12,21 @@ from .anatomy import Field, _body, _capsule, _chain, _ellipsoid, _evaluate, _pla
 _F = np.float32
 
 def _others(spine, rng, scale):
-    "Bones that are not vertebrae, each (shapes, R, origin, scale): skull base, jaw, hyoid, larynx, ribs, clavicles; and the teeth"
+    """Bones that are not vertebrae, each (shapes, R, origin, scale): skull base, jaw, hyoid, larynx, ribs, clavicles; and the teeth,
+    with what the soft tissue needs of the head: the skull's R, what the skin lies over, air in bones and nose"""
     out, I, O = [], np.eye(3), np.zeros(3); C1 = spine['C1']
     R, c1 = _rot(0, rng.normal(0, 6))@C1.R, C1.c; g = scale*rng.uniform(.95, 1.08)
-    # cranium: a shell, open at the foramen magnum; condyles on the lateral masses; clivus; mastoids
-    skull = _ellipsoid([0, -25, 72], [70, 88, 62]); inner = _ellipsoid([0, -25, 73], [64, 82, 56], cut=True)
-    hole = _capsule([0, 12, 0], [0, 12, 40], 16, cut=True)
-    clivus = [_capsule([0, -8, 17], [0, -24, 45], 6, 9)]
+    # cranium: a shell, tilted so that its floor rises to the front, open at the foramen magnum; condyles on the lateral masses; clivus; mastoids
+    tilted = R@_rot(0, -18); skull = _ellipsoid([0, -25, 72], [70, 88, 62]); inner = _ellipsoid([0, -25, 73], [64, 82, 56], cut=True)
+    hole = _capsule([0, 7, 0], [0, 7, 40], 16, cut=True)
+    clivus = _capsule([0, -11, 13], [0, -46, 14], 5, 7.5)                         # from the foramen forwards and up, outside the cavity
     condyles = [_ellipsoid([s*15, 3, 14.5], [5.5, 9.5, 5]) for s in (-1, 1)]
     mastoid = [_capsule([s*48, 4, 24], [s*46, -4, 4], 11, 6) for s in (-1, 1)]
     styloid = [_capsule([s*38, -12, 14], [s*32, -22, -12], 1.8, 1.2) for s in (-1, 1)]
-    out += [([skull, inner, hole], R, c1, g), (condyles + clivus, R, c1, g), (mastoid + styloid, R, c1, g)]
+    turns = [(i/9, 2.4*i) for i in range(10)]                                     # air cells wind around the mastoids' axes
+    cells = [[s*(48 - 2*t + (5.5 - 4*t)*np.cos(a)), 4 - 8*t + (5.5 - 4*t)*np.sin(a), 26 - 21*t] for s in (-1, 1) for t, a in turns]
+    air = [_ellipsoid(p, [2.6, 2.6, 2.6]) for p in cells]; hollow = [_ellipsoid(p, [2.6, 2.6, 2.6], cut=True) for p in cells]
+    out += [([skull, clivus, inner, hole], tilted, c1, g), (condyles, R, c1, g), (mastoid + styloid + hollow, R, c1, g)]
     # jaw: two rami and a body; the palate; teeth
     drop, gape = rng.uniform(-8, 8), rng.uniform(0, 10)
     jaw = [(-46, -24, 22), (-44, -30, -12 + drop), (-32, -62, -24 + drop), (-10, -84, -26 + drop - gape), (10, -84, -26 + drop - gape),
@@ -31,7 +35,10 @@ def _others(spine, rng, scale):
     bend = [np.array([44*np.sin(t), -30 - 57*np.cos(t)**1.5, -12 + drop - (14 + gape)*np.cos(t)]) for t in np.linspace(-np.pi/2, np.pi/2, 13)]
     out.append(([_plate(p, q, 4.5, 11) for p, q in zip(bend[:-1], bend[1:])] + [_capsule(jaw[0], jaw[1], 5, 5), _capsule(jaw[-2], jaw[-1], 5, 5)] + rami, R, c1, g))
     maxilla = [(-28, -50, 12), (-22, -70, 10), (0, -82, 9), (22, -70, 10), (28, -50, 12)]
-    out.append(([_plate(p, q, 5, 8) for p, q in zip(maxilla[:-1], maxilla[1:])], R, c1, g))
+    sinus = [([s*25, -60, 28], np.array([11, 15, 12])) for s in (-1, 1)]
+    out.append(([_plate(p, q, 5, 8) for p, q in zip(maxilla[:-1], maxilla[1:])] + [_ellipsoid([0, -62, 9], [25, 23, 2.5])]
+                + [_ellipsoid(p, r + 1.5) for p, r in sinus] + [_ellipsoid(p, r, cut=True) for p, r in sinus], R, c1, g))
+    air += [_ellipsoid(p, r) for p, r in sinus] + [_ellipsoid([s*6, -65, 22], [4.5, 26, 9.5]) for s in (-1, 1)]   # and the nose
     at = lambda n, v: spine[n].at(v, scale)
     hyoid = [at('C3', [s*a, b, 0]) for s, a, b in ((-1, 19, -24), (-1, 12, -40), (1, 12, -40), (1, 19, -24))]
     out.append((_chain(hyoid, 2.3), I, O, 1))
@@ -40,48 +47,67 @@ def _others(spine, rng, scale):
     for n, k in (('T1', 1), ('T2', 1.3), ('T3', 1.5)):
         r = spine[n].m
         for s in (-1, 1):
-            rib = [(s*(r['a'] + 6), r['b'] + 2, r['h'] + 1), (s*30, r['b'] + 14, 2), (s*46*k**.5, r['b'] + 8, -8), (s*58*k, -18, -18), (s*54*k, -50, -30)]
-            out.append((_chain(rib, 4), spine[n].R, spine[n].c, 1))
+            rib = [(s*(r['a'] + 6.5), r['b'] - 5, r['h'] - 2), (s*(r['cw'] + 1 + 15.5*min(scale, 1)), r['b'] - 3, 2), (s*(r['tp'] - 3), r['b'] + r['cd'] - 4.3, 1),   # 2 mm before the process
+                   (s*46*k**.5, r['b'] + r['cd'] - 1, -8), (s*58*k, -18, -18), (s*54*k, -50, -30)]
+            out.append((_chain(rib, 4*min(scale, 1)), spine[n].R, spine[n].c, 1))
     up = rng.uniform(-10, 20)
     for s in (-1, 1): out.append((_chain([at('T1', [s*25, -55, up - 25]), at('T1', [s*70, -40, up - 8]), at('T1', [s*125, -15, up])], 6), I, O, 1))
     spots = [(39*np.sin(t), -30 - 52*np.cos(t)**1.2, drop - 14 - (14 + gape)*np.cos(t)) for t in np.linspace(-1.25, 1.25, 14)]
     teeth = [_capsule(np.add(p, [0, 2, 8]), np.add(p, [0, 1, 18]), 3.3) for p in spots]
-    return out, (teeth, R, c1, g)
+    face = [_tube([drop - gape - 44, drop - gape - 38, drop - 22, 0, 25, 48, 70], 0, -30, [34, 46, 51, 52, 58, 60, 40], [52, 61, 63, 61, 60, 58, 40]),
+            _capsule([0, -90, 38], [0, -98, 18], 4, 7)]
+    return out, (teeth, R, c1, g, dict(R=tilted, skin=[([skull], tilted), (face + mastoid, R)], air=air))
 
 # %% ../nbs/04_neck.ipynb #55f00a59
-def _muscles(spine, rng, s):
-    "Muscles by the offsets (mm) that they have from the vertebrae"
+def _muscles(spine, rng, s, skull):
+    "Muscles by the offsets (mm) that they have from the vertebrae, and from the skull: `skull` places a point of its frame"
     def strand(side, knots, turn=0.):
-        "knots: vertebra -> (u, v, half width, half depth)"
-        p = np.array([[*spine[n].at([side*u, v, 14*(n == 'C1')], s), rx*s, ry*s] for n, (u, v, rx, ry) in knots.items()])
-        k = rng.uniform(1.5, 1.75); return _tube(p[:, 2], p[:, 0], p[:, 1], p[:, 3]*k, p[:, 4]*k, side*turn)
+        "knots: vertebra, or O for the occiput -> (u, v, half width, half depth, w = 0); both ends taper"
+        at = lambda n, v: spine[n].at(v, s) if n in spine else skull(v); k = rng.uniform(1.5, 1.75)*s
+        p = np.array([[*at(n, [side*u, v, *(w or [0])]), rx*k, ry*k] for n, (u, v, rx, ry, *w) in knots.items()])
+        def taper(a, b): e, r = (a - b)/max(abs(a[2] - b[2]), 6)*s*[1, 1, 1, 0, 0], a*[0, 0, 0, 1, 1]; return [a + 10*e - .85*r, a + 6*e - .3*r]
+        x, y, z, rx, ry = np.array([*taper(p[0], p[1]), *p, *taper(p[-1], p[-2])[::-1]]).T; tube = _tube(z, x, y, rx, ry, side*turn)
+        c, d = np.cos(turn), np.sin(turn); wide, deep = np.hypot(rx*c, ry*d) + 3, np.hypot(rx*d, ry*c) + 3   # a tight box, for speed
+        tube.lo[:2], tube.hi[:2] = (min(x - wide), min(y - deep)), (max(x + wide), max(y + deep)); return tube
     out = []
     for i in (-1, 1):
-        out += [strand(i, dict(C1=(6, -11, 5, 2.5), C3=(7, -12, 6, 3), C6=(9, -12, 7, 4), T3=(9, -14, 6, 4))),                       # longus
-                strand(i, dict(C1=(38, 0, 8, 10), C3=(46, -12, 8, 12), C5=(43, -28, 8, 12), C7=(33, -46, 8, 8), T2=(14, -60, 8, 5)), .5),  # sternocleidomastoid
+        out += [strand(i, dict(O=(5, -14, 4, 2.5, 12), C1=(6, -17, 5, 2.5), C3=(7, -12, 6, 3), C6=(9, -12, 7, 4), T3=(9, -14, 6, 4))),     # longus
+                strand(i, dict(O=(50, 5, 4, 7, 16), C1=(45, 0, 6, 9), C3=(46, -12, 8, 12), C5=(43, -28, 8, 12), C7=(33, -46, 8, 8), T2=(14, -60, 8, 5)), .5),  # sternocleidomastoid
                 strand(i, dict(C2=(26, 6, 4, 5), C4=(28, 3, 6, 7), C6=(31, 0, 8, 9), T1=(38, -4, 10, 9)), .3),                         # scalenes
-                strand(i, dict(C1=(32, 12, 6, 8), C3=(35, 14, 7, 10), C5=(38, 18, 8, 11), C7=(46, 24, 10, 12), T2=(54, 34, 12, 10)), -.3), # levator
-                strand(i, dict(C2=(12, 32, 8, 6), C4=(12, 34, 9, 6), C6=(13, 36, 10, 7), T2=(15, 36, 11, 8)), .2),                       # multifidus
-                strand(i, dict(C1=(15, 38, 12, 10), C3=(14, 46, 12, 7), C5=(15, 50, 13, 7), C7=(18, 52, 14, 7), T2=(20, 50, 14, 7))),   # semispinalis
-                strand(i, dict(C1=(32, 34, 11, 9), C3=(29, 42, 12, 8), C5=(28, 48, 13, 7), C7=(26, 58, 14, 5), T2=(24, 58, 14, 5)), -.5), # splenius
-                strand(i, dict(C1=(12, 56, 10, 3), C3=(18, 58, 15, 3.5), C5=(24, 60, 20, 4), C7=(34, 64, 30, 6), T2=(42, 64, 38, 7)), -.25), # trapezius
+                strand(i, dict(C1=(36, 10, 5, 6), C3=(35, 14, 7, 10), C5=(38, 18, 8, 11), C7=(46, 24, 10, 12), T2=(54, 34, 12, 10), T3=(56, 36, 12, 10, -50)), -.3),  # levator
+                strand(i, dict(C2=(12, 32, 8, 6), C4=(12, 34, 9, 6), C6=(13, 36, 10, 7), T2=(15, 36, 11, 8), T3=(15, 36, 11, 8, -50)), .2),  # multifidus
+                strand(i, dict(O=(12, 38, 8, 5, 16), C1=(11, 34, 8, 5, 6), C2=(9, 30, 5, 4, 4)), .2),                                   # suboccipital
+                strand(i, dict(O=(14, 55, 9, 5, 28), C1=(15, 44, 12, 9), C3=(14, 46, 12, 7), C5=(15, 50, 13, 7), C7=(18, 52, 14, 7), T2=(20, 50, 14, 7), T3=(20, 48, 14, 7, -50))),  # semispinalis
+                strand(i, dict(O=(42, 28, 8, 6, 28), C1=(34, 34, 11, 8), C3=(29, 42, 12, 8), C5=(28, 48, 13, 7), C7=(26, 58, 14, 5), T2=(24, 58, 14, 5), T3=(24, 56, 14, 5, -50)), -.5),  # splenius
+                strand(i, dict(O=(8, 66, 6, 2, 34), C1=(12, 57, 10, 3), C3=(18, 58, 15, 3.5), C5=(24, 60, 20, 4), C7=(34, 64, 30, 6), T2=(42, 64, 38, 7), T3=(40, 62, 36, 7, -50)), -.25),  # trapezius
                 strand(i, dict(C3=(11, -44, 6, 4), C5=(10, -50, 8, 3.5), C7=(9, -50, 9, 3.5), T2=(9, -52, 9, 3)))]                       # strap muscles
     return out
 
+def _both(f, first, *grids):
+    "The parts of whole grids that a field on the same lattice covers, and the field's values there"
+    i = [int(round(abs(a - b)/f.step)) for a, b in zip(f.first, first)]; b = tuple(slice(a, a + n) for a, n in zip(i, f.values.shape))
+    parts = [g[b] for g in grids]; return *parts, f.values[tuple(map(slice, parts[0].shape))]
+
 def _soft(spine, rng, scale, turn, has, bounds, brain):
     """Soft tissue: a coarse `Field` of HU, and the parts with sharp edges as (Field, HU), skin last.
-    `brain`: shapes, R, origin, scale of what fills the skull."""
+    `brain`: shapes of what fills the skull; then the R, origin and scale of the head, and its parts, from `_others`."""
     I, O = np.eye(3), np.zeros(3); at = lambda n, v: spine[n].at(v, scale); step = 1.6
     z = np.arange(bounds[0][2] - 4, bounds[1][2] + 4, 4.)
     c = np.array([spine[n].c for n in ('T3', 'C7', 'C5', 'C3', 'C1')]); o = np.argsort(c[:, 2])
     sx, sy = (np.interp(z, c[o, 2], c[o, i]) for i in (0, 1)); z1, z7 = spine['C1'].c[2], spine['C7'].c[2]
     head, chest = 1/(1 + np.exp(-(z - z1 + 5)/8)), 1/(1 + np.exp((z - z7 - rng.uniform(-15, 15) + 6)/9))
     fat, neck = rng.uniform(4, 10)*(1 + 1.6*has['large']), rng.uniform(60, 68)*scale
-    rx = (neck + fat)*(1 - head) + 76*scale*head + chest*rng.uniform(70, 120)
-    ry = (neck*rng.uniform(.98, 1.08) + fat)*(1 - head) + 95*scale*head + chest*rng.uniform(8, 25)
-    cy = sy + rng.uniform(-2, 5)*scale*(1 - head) - head*26*scale
+    within = head*(1 - .5*np.clip((z - z1)/scale/50 - .2, 0, 1))                 # the neck ends inside the head
+    rx = (neck + fat)*(1 - head) + 62*scale*within + chest*rng.uniform(70, 120)
+    ry = (neck*rng.uniform(.98, 1.08) + fat)*(1 - head) + 60*scale*within + chest*rng.uniform(8, 25)
+    cy = sy + rng.uniform(-2, 5)*scale
     tube = _tube(z, sx, cy, rx, ry); tube.lo[:2], tube.hi[:2] = bounds[0][:2] - 2, bounds[1][:2] + 2
-    skin = _evaluate([tube], I, O, bounds, 2., blend=0, fill=60., everywhere=True)
+    skin = _evaluate([tube], I, O, bounds, 4., blend=0, fill=60., everywhere=True)
+    _, R1, c1, g1, parts = brain; skull = lambda v: c1 + R1@(np.asarray(v, float)*g1)
+    for shapes, R in parts['skin']:                                              # 5 mm over skull and face, smoothly
+        if (f := _evaluate(shapes, R, c1, bounds, 4., g1, blend=8, fill=60., pad=24.)) is None: continue
+        d, e = _both(f, skin.first, skin.values); e = e - _F(5*scale); k = np.maximum(_F(14) - np.abs(d - e), 0)
+        np.minimum(d, e, out=d); d -= k*k*_F(1/56)
     at3 = _sample(*bounds, step, bounds); shape = tuple(map(len, at3)); first = tuple(float(k[0]) for k in at3)
     def rough(mm): r = gaussian_filter(rng.standard_normal(shape, _F), mm/step); return r/(r.std() + _F(1e-6))
     muscle, fat_hu, grain = rng.uniform(48, 68), rng.uniform(-125, -95), rough(rng.uniform(2, 4))
@@ -89,23 +115,19 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
     def blend(shapes, value, soft=.8, R=I, o=O, g=1., spread=0.):
         "Paint on the coarse grid"
         if (f := _evaluate(shapes, R, o, bounds, step, g, blend=0)) is None: return
-        put(f, value + (spread and grain[box(f)]*_F(spread)), soft)
-    def box(f):
-        i = [int(round(abs(f.first[k] - first[k])/step)) for k in range(3)]
-        return tuple(slice(a, min(a + n, m)) for a, n, m in zip(i, f.values.shape, shape))
-    def put(f, value, soft):
-        b = box(f); part = hu[b]; d = f.values[tuple(slice(0, k) for k in part.shape)]
-        if np.ndim(value): value = value[tuple(slice(0, k) for k in part.shape)]
-        part += np.clip(_F(.5) - d*_F(1/(2*soft)), 0, 1)*(value - part)
+        part, g, d = _both(f, first, hu, grain); part += np.clip(_F(.5) - d*_F(1/(2*soft)), 0, 1)*(value + g*_F(spread) - part)
     # muscles with fat between them: the two nearest distances
     near, second = np.full(shape, 20, _F), np.full(shape, 20, _F)
-    for s in _muscles(spine, rng, scale):
+    for s in _muscles(spine, rng, scale, skull):
         if (f := _evaluate([s], I, O, bounds, step, blend=0, fill=20.)) is None: continue
-        b = box(f); a, e = near[b], second[b]; d = f.values[tuple(slice(0, k) for k in a.shape)]
+        a, e, d = _both(f, first, near, second)
         np.minimum(e, np.maximum(a, d), out=e); np.minimum(a, d, out=a)
-    hu += np.clip(_F(.5) - np.maximum(near, _F(.7) - (second - near)*_F(.5))*_F(.6), 0, 1)*(_F(muscle) + grain*_F(10) - hu)
+    strands = _F(muscle) + grain*_F(10) - np.clip(_F(1) - np.abs(grain)*_F(3.5), 0, 1)*_F(rng.uniform(20, 90))   # fat between the bundles
+    hu += np.clip(_F(.5) - np.maximum(near, _F(.7) - (second - near)*_F(.5))*_F(.6), 0, 1)*(strands - hu)
     # tongue, floor of the mouth and pharynx wall; parotids, submandibular glands, thyroid; brain
-    blend([_ellipsoid(at('C2', [0, -52, 2]), np.array([26, 30, 22])*scale)], muscle - 5, spread=14)
+    chew = [_ellipsoid([s*u, -31, 2], [r, 17, 27]) for s in (-1, 1) for u, r in ((55, 6), (37, 6))]   # masseters and pterygoids, on both sides of the jaw
+    blend(chew, muscle, R=R1, o=c1, g=g1, spread=10)
+    blend([_ellipsoid([0, -50, -13], [25, 29, 20])], muscle - 5, R=R1, o=c1, g=g1, spread=14)
     blend([_ellipsoid(at('C3', [0, -46, 0]), np.array([22, 18, 14])*scale)], muscle - 5, spread=14)
     wall = {n: at(n, [0, v, 0]) for n, v in dict(C1=-22, C3=-20, C5=-26, C7=-26, T2=-26).items()}; p = np.array(list(wall.values()))
     blend([_tube(p[:, 2], p[:, 0], p[:, 1], np.array([16, 17, 18, 13, 12])*scale, np.array([9, 9, 12, 10, 10])*scale)], muscle - 10)
@@ -114,7 +136,7 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
         blend([_ellipsoid(at('C3', [s*28, -44, 2]), np.array([10, 14, 12])*scale)], rng.uniform(30, 50), spread=10)
         blend([_ellipsoid(at('C7', [s*15, -34, 4]), np.array([8, 11, 20])*scale)], rng.uniform(85, 120) + 60*has['contrast'])
     blend([_ellipsoid(at('C7', [s*4, -17, 0]), np.array([7, 4, 34])*scale)], 40)                          # oesophagus
-    blend(*brain[:1], 35, R=brain[1], o=brain[2], g=brain[3])
+    blend(brain[0], 35, R=parts['R'], o=c1, g=g1)
     # canal: CSF and cord; discs
     canal = [spine['C1'].at([0, 13, 34], scale), at('C1', [0, 13, 0])] + [v.at([0, v.m['b'] + v.m['cd'], 0]) for n, v in spine.items() if n != 'C1']
     p = np.array(canal)
@@ -134,12 +156,17 @@ def _soft(spine, rng, scale, turn, has, bounds, brain):
             shape_ = [_tube(k[:, 2], k[:, 0], k[:, 1], r1, r2)]
             if has['contrast']: keep(shape_, value)
             else: blend(shape_, value)
-        w = np.array([v.at([s*(v.m['a'] + 4.6), 2.2, 0]) for n, v in spine.items() if n in ('C2', 'C3', 'C4', 'C5', 'C6')])   # vertebral artery
-        if has['contrast']: keep([_tube(w[:, 2], w[:, 0], w[:, 1], 1.8, 1.8)], artery)
+        w = [at('T1', [s*24, -20, 0]), at('C7', [s*21, -8, -4])] + [spine[n].at([s*(spine[n].m['a'] + 4.6), 2.2, 0]) for n in ('C6', 'C5', 'C4', 'C3')]
+        g = spine['C1'].m['g']; w = np.array(w + [spine['C2'].at([s*18, 3, -2]), spine['C1'].at([s*28*g, 3*g, 0]), spine['C1'].at([s*27*g, 6*g, 8])])
+        lines = [_tube(w[:, 2], w[:, 0], w[:, 1], 1.8, 1.8)]                     # vertebral artery
+        if has['contrast']: keep(lines, artery)
+        else: blend(lines, artery, soft=1.1)
         keep([_ellipsoid([0, 0, 0], [38, 45, 45])], rng.uniform(-880, -780), 2., o=at('T3', [s*48, -18, -14 + rng.uniform(-20, 8)]))
-    airway = [('C1', -27, 25, 11, 8), ('C1', -26, 0, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]
-    p = np.array([at(n, [0, v, w]) for n, v, w, *_ in airway]); k = rng.uniform(.75, 1.15)*scale; r = np.array([a[3:] for a in airway])*k
+    # airway: from a round end below the clivus, in the skull's frame
+    airway = [(None, -36, 15.5, .5, .5), (None, -35.5, 14.5, 4, 2), (None, -34, 11.5, 8, 4), (None, -31, 5, 11, 6), ('C1', -26, -2, 13, 5), ('C2', -25, 0, 12, 6), ('C4', -26, 0, 11, 7), ('C5', -34, 0, 5, 8), ('C6', -34, 0, 7, 9), ('T1', -34, 0, 9, 8), ('T3', -32, -20, 9, 8)]
+    p = np.array([at(n, [0, v, w]) if n else skull([0, v, w]) for n, v, w, *_ in airway]); k = rng.uniform(.75, 1.15)*scale; r = np.array([a[3:] for a in airway])*k
     keep([_tube(p[:, 2], p[:, 0], p[:, 1], r[:, 0], r[:, 1])], -1000.)
+    keep(parts['air'], -1000., 1.5, R=R1, o=c1, g=g1)
     if has['tube']: keep([_tube(p[:, 2], p[:, 0], p[:, 1], 4.5, 4.5)], 180., .8); keep([_tube(p[:, 2], p[:, 0], p[:, 1], 3.4, 3.4)], -1000., .8)
     return Field(hu, first, step), sharp, skin
 
