@@ -239,8 +239,10 @@ def make_study(seed:int, # any integer, or a sequence of them; the same seed giv
     profiles = [gaussian_filter1d(tissue.standard_normal(720)*(tissue.random(720) < .25), 1.2, mode='wrap').astype(_F)*_F(tissue.uniform(900, 2600)) for _ in spots]
     # what lies around: the table, the collar
     air = np.full((size, size), -1000, _F); plank = tissue.uniform(-100, 120); depth = tissue.uniform(70, 110)*scale
-    back = skin.first[1] + skin.step*np.flatnonzero((skin.values < 0).any((0, 2)))[-1] if (skin.values < 0).any() else 0.
-    top = max(spine['C5'].c[1] + depth, back + 2); bowl = tissue.uniform(0, 1/500); collar, gap = tissue.uniform(-60, 60), tissue.uniform(7, 13)
+    head = skin.values[skin.first[0] - skin.step*np.arange(len(skin.values)) > spine['C3'].c[2]] < 0
+    top = spine['C5'].c[1] + depth
+    if head.any(): top = max(top, skin.first[1] + skin.step*np.flatnonzero(head.any((0, 2)))[-1] + 2)   # it lies on the table
+    bowl = tissue.uniform(0, 1/500); collar, gap = tissue.uniform(-60, 60), tissue.uniform(7, 13)
     if has['table']:
         d = (top - bowl*(grid.x - grid.x.mean())**2 - grid.y[:, None]).astype(_F)*-1
         air += np.clip(1.5 - np.abs(d - 1.5), 0, 1)*_F(1000 + plank) + np.clip(1.5 - np.abs(d - 32), 0, 1)*_F(1000 + plank) + ((d > 3) & (d < 30))*_F(60)
