@@ -90,16 +90,16 @@ def _ellipsoid(c, r, cut=False):
         return k*(k - 1)/np.sqrt((a*i[0])**2 + (b*i[1])**2 + (e*i[2])**2 + _F(1e-9))
     return _Shape(sdf, c - r - 2, c + r + 2, cut)
 
-def _pillar(c, half, slope):
-    "An articular pillar: a box sheared so that its facets fall backwards with `slope`"
-    c, half = np.asarray(c, float), np.asarray(half, float); k = _F(1/np.sqrt(1 + slope**2)); rnd = _F(1.5); f = [_F(x) for x in half]
+def _pillar(c, half, top, bottom):
+    "An articular pillar: a box between two facets, each a plane: a point of it, and its upward normal"
+    c, half = np.asarray(c, float), np.asarray(half, float); rnd = _F(1.5); f = [_F(x) for x in half]
+    (p, n), (q, m) = ((-np.dot(at, up), [_F(x) for x in up]) for at, up in (top, bottom))
     def sdf(u, v, w):
-        a, b = np.abs(u - _F(c[0])) - f[0] + rnd, np.abs(v - _F(c[1])) - f[1] + rnd
-        e = (np.abs(w - _F(c[2]) + _F(slope)*(v - _F(c[1]))) - f[2])*k + rnd
+        a, b, e = np.abs(u - _F(c[0])) - f[0] + rnd, np.abs(v - _F(c[1])) - f[1] + rnd, np.abs(w - _F(c[2])) - f[2]
+        e = np.maximum(e, np.maximum(u*n[0] + v*n[1] + w*n[2] + _F(p), -(u*m[0] + v*m[1] + w*m[2] + _F(q)))) + rnd
         return (np.sqrt(np.maximum(a, 0)**2 + np.maximum(b, 0)**2 + np.maximum(e, 0)**2)
                 + np.minimum(np.maximum(np.maximum(a, b), e), 0) - rnd)
-    tall = half[2] + slope*half[1]
-    return _Shape(sdf, c - [half[0], half[1], tall] - 2, c + [half[0], half[1], tall] + 2)
+    return _Shape(sdf, c - half - 2, c + half + 2)
 
 def _body(a, b, h, lip=0., beak=0., waist=.08, power=2.6):
     "A vertebral body: superelliptic, waisted, concave endplates, uncinate lips, anterior beak"
@@ -129,6 +129,8 @@ def _tube(z, x, y, rx, ry, turn=0.):
     return _Shape(sdf, np.array([a[0].min() - r, a[1].min() - r, z[0] - 2]), np.array([a[0].max() + r, a[1].max() + r, z[-1] + 2]))
 
 def _chain(points, r, r2=None): return [_capsule(p, q, r, r2) for p, q in zip(points[:-1], points[1:])]
+
+def _scaled(s, k): return _Shape(lambda u, v, w: s.sdf(u/_F(k), v/_F(k), w/_F(k))*_F(k), s.lo*k, s.hi*k, s.cut)
 
 def _rot(axis, deg):
     "Rotation about an axis, degrees"
@@ -233,25 +235,30 @@ def _canal(b, cw, cd, h):
     def sdf(u, v, w): return (np.sqrt((u*_F(1/cw))**2 + ((v - _F(b + cd))*_F(1/cd))**2) - 1)*_F(min(cw, cd))
     return _Shape(sdf, np.array([-cw - 1, b - 1, -h - 9]), np.array([cw + 1, b + 2*cd + 1, h + 9]), cut=True)
 
-def _typical(name, m, rng):
-    "C3-C7 and T1-T3"
+def _over(v, below): (_, y, w), (_, dy, dw) = below; return w + (v - y)*dw/dy
+
+def _tip(v, low, below):
+    "The tip of a spinous process, at `v` and `low`, but clear of the one below: a point of that one, and its direction"
+    return [0, v, max(low, _over(v, below) + 11)]
+
+def _typical(name, m, facets, below, rng):
+    "C3-C7 and T1-T3; `facets`: the upper and the lower one of each side (-1 and 1), see `_pillar`; `below`: see `_tip`"
     a, b, h, cw, cd, sp, tp = (m[k] for k in 'a b h cw cd sp tp'.split())
     thoracic = name[0] == 'T'; pitch = 2*h + m['disc']; back = b + 2*cd; c7 = name == 'C7'
-    slope = (.9 if not thoracic else 2.2)*rng.uniform(.8, 1.2); drop = (14 if thoracic else 7 if c7 else 5)*rng.uniform(.7, 1.4)
+    drop = (14 if thoracic else 7 if c7 else 5)*rng.uniform(.7, 1.4)
     t = rng.uniform(.85, 1.2)                                                   # thickness of the arch
-    shapes = [_body(a, b, h, lip=0 if thoracic else rng.uniform(1.5, 3.5), beak=0 if thoracic else rng.uniform(0, 2),
+    shapes = [_body(a, b, h, lip=0 if thoracic else min(rng.uniform(1.5, 3.5), m['above'] - 1.2), beak=0 if thoracic else rng.uniform(0, 2),
                     waist=rng.uniform(.04, .12), power=rng.uniform(2.2, 3))]
     places = {'body': ([0, 0, 0], [0, .3, 1], 1.5*a)}
-    tip = [0, back + 2 + sp, -1 - drop]
+    tip = _tip(back + 2 + sp, -1 - drop, below); high = min(5.2, .3*(-2 - _over(back + 3, below)))   # half the height of the arch
     for s in (-1, 1):
         ped = [s*(a - 2), b - 3, 1], [s*(cw + 2.5), b + cd*.55, 1]
         pil = [s*(cw + 4.5), b + cd*.8, 0]
-        lam = [s*(cw + 3.5), b + cd*1.35, -1], [0, back + 3, -2]   # clear of the canal all the way
-        tall = pitch/2 - rng.uniform(.6, 1.1)
-        shapes += [_capsule(*ped, 3*t), _pillar(pil, [5*t, 4.3*t, tall], slope), _plate(*lam, 2.1*t, 5.2)]
+        lam = [s*(cw + 3.5), b + cd*1.35, -1.5], [0, back + 3, -2]   # clear of the canal all the way
+        shapes += [_capsule(*ped, 3*t), _pillar(pil, [5*t, 4.3*t, .62*pitch], *facets[s]), _plate(*lam, 2.1*t, min(4.4, high), high)]
         if thoracic:
-            bar = [s*(cw + 4), b + cd, 1], [s*tp, b + cd + 9, 3]
-            shapes.append(_capsule(*bar, 4.5, 4))
+            bar = [s*(cw + 4), b + cd, 0], [s*tp, b + cd + 9, 3]
+            shapes.append(_capsule(*bar, 3.8, 4))
         else:
             post, end = [s*(cw + 3), b + 2, 0], [s*(tp - 1.5), 4, -3]; bar = post, end
             shapes += [_capsule([s*(a - 1), -2, -1], [s*(tp - 3), -1, -2], 1.9*t), _capsule(post, end, 2.3*t, 2.6*t),
@@ -259,28 +266,29 @@ def _typical(name, m, rng):
                        _capsule([s*(a + 4.6), 2.2, -h - 6], [s*(a + 4.6), 2.2, h + 6], 1.4 if c7 else 2.7, cut=True)]
         for k, seg in (('pedicle', ped), ('lamina', lam), ('transverse process', bar)):
             p, q = np.array(seg, float); places[f'{k} {"RL"[s > 0]}'] = (p + (q - p)*.5, q - p, 8)
-        places[f'facet {"RL"[s > 0]}'] = (np.array(pil) + [0, -slope*1.5, tall*.45], [0, -.4, 1], 8)   # the upper articular process
-    shapes.append(_plate([0, back + 3, -2], tip, 2.3*t, 5, 3.5 if not c7 else 5))
+        places[f'facet {"RL"[s > 0]}'] = (np.array(pil) + [0, -1.5, pitch*.22], [0, -.4, 1], 8)   # the upper articular process
+    shapes.append(_plate([0, back + 3, -2], tip, 2.3*t, high, 3.5 if not c7 else high))
     if name in ('C3', 'C4', 'C5', 'C6'):
         shapes += [_capsule(tip, [s*4.5, tip[1] + 3, tip[2] - 2], 2.5) for s in (-1, 1)]
     p, q = np.array([0, back + 2, -2.]), np.array(tip, float)
     places['spinous process'] = (p + (q - p)*rng.uniform(.35, .7), q - p, 10)
     return [_canal(b, cw, cd, h)] + shapes, places
 
-def _axis(m, rng):
+def _axis(m, g, facets, below, rng):
     "C2: the dens stands on a broad body; pars, laminae and a stout forked spinous process behind"
     a, b, h, cw, cd, sp, tp = (m[k] for k in 'a b h cw cd sp tp'.split()); back = b + 2*cd; t = rng.uniform(.85, 1.2)
-    height, lean, girth = rng.uniform(14, 18), rng.uniform(-2, 1), rng.uniform(4.6, 5.6)
+    height, lean, girth = rng.uniform(14, 18)*g, rng.uniform(-1, 1)*g, rng.uniform(4.6, 5.6)*g
     top = h - 2 + height
     shapes = [_body(a, b, h, beak=rng.uniform(1, 3), waist=.1), _capsule([0, -1, h - 3], [0, -1 + lean, top - girth], girth, girth*.9),
               _capsule([0, -1, h - 6], [0, -1, h - 2], girth + 2, girth)]
     places = {'dens': ([0, -1, h + rng.uniform(.5, 2.5)], [0, .15, 1], 9), 'body': ([0, 0, -1], [0, .3, 1], 14)}
-    tip = [0, back + 2 + sp, -6]
+    tip = _tip(back + 2 + sp, -6, below)
     for s in (-1, 1):
         pars, lam = ([s*9, 4, 1], [s*14.5, 13, -3]), ([s*(cw + 2), b + cd*1.1, -2], [0, back + 3, -3])
         bar = [s*13, 4, -1], [s*(tp - 1), 5, -5]; roots = [s*13, .5, -1], [s*13, 8, -1]   # before and behind the foramen
-        shapes += [_ellipsoid([s*12.5, 1, h - 4.5], [8, 8.5, 4.8]), _capsule(*pars, 4.6*t), _pillar([s*16, 14, -6], [5, 4.5, 5.5], .8),
-                   _plate(*lam, 2.8*t, 6), *(_capsule(r, bar[1], 2.4, 2.7) for r in roots), _capsule(tip, [s*5, tip[1] + 3, tip[2] - 2], 3),
+        shapes += [_ellipsoid([s*12.5, 1, h - 4.5], [8, 8.5, 4.8]), _capsule(*pars, 4.5*t*g),
+                   _pillar([s*(cw + 4), b + cd*.7, -6], [5, 4.5, 9.5], ([0, 14, .7], [0, .62, .78]), facets[s][1]), _plate(*lam, 2.8*t, 6),
+                   *(_capsule(r, bar[1], 2.4, 2.7) for r in roots), _capsule(tip, [s*5, tip[1] + 3, tip[2] - 2], 3),
                    _capsule([s*18, 4.4, -12], [s*18, 4.4, 8], 2.4, cut=True)]
         for k, seg in (('pars', pars), ('lamina', lam), ('transverse process', bar)):
             p, q = np.array(seg, float); places[f'{k} {"RL"[s > 0]}'] = ((p + q)/2, q - p, 9)
@@ -291,14 +299,14 @@ def _axis(m, rng):
 
 def _atlas(g, rng):
     "C1: a ring around the dens (origin on the dens' axis), lateral masses, transverse processes"
-    t = rng.uniform(.85, 1.2); front = -(7.2 + 3)*g; hw, depth, mid = 21*g, 23*g*rng.uniform(.9, 1.1), 7*g
-    arc = [(-17*g, -3*g, 0), (-11*g, front + 2.5, 0), (0, front, 0), (11*g, front + 2.5, 0), (17*g, -3*g, 0)]
+    t = rng.uniform(.85, 1.2); front = -(7.4 + 2.6*t)*g; hw, depth, mid = 21*g, 23*g*rng.uniform(.9, 1.1), 7*g
+    arc = [(-17*g, -3*g, 0), (-11*g, front + 2.5*g, 0), (0, front, 0), (11*g, front + 2.5*g, 0), (17*g, -3*g, 0)]
     ring = [(hw*np.cos(x), mid + depth*np.sin(x), -1) for x in np.linspace(.05, np.pi - .05, 8)]
-    shapes = [_plate(p, q, 2.6*t, 5*g) for p, q in zip(arc[:-1], arc[1:])] + _chain(ring, 3*t)
-    shapes += [_capsule([0, front - 1, -1], [0, front - 1, 1], 3.6*t), _capsule([0, mid + depth, -1], [0, mid + depth + 3, -1], 3*t)]
+    shapes = [_plate(p, q, 2.6*t*g, 5*g) for p, q in zip(arc[:-1], arc[1:])] + _chain(ring, 3*t*g)
+    shapes += [_capsule([0, front - 1, -1], [0, front - 1, 1], 3.6*t*g), _capsule([0, mid + depth, -1], [0, mid + depth + 3*g, -1], 3*t*g)]
     places = {'midline': ([0, mid + depth, -1], [1, 0, 0], 9)}
     for s in (-1, 1):
-        shapes += [_ellipsoid([s*17.5*g, 2*g, 0], [7*g, 9.5*g, 8*g]),
+        shapes += [_ellipsoid([s*17.5*g, 2*g, g], [7*g, 9.5*g, 7*g]),
                    *(_capsule([s*20*g, v*g, 0], [s*36*g, 2*g, -1], 2.6*t*g, 3.2*g) for v in (-2.5, 8.5)),      # before and behind the foramen
                    _capsule([s*28*g, 2.7*g, -12], [s*28*g, 2.7*g, 12], 2.6*g, cut=True), _ellipsoid([s*16*g, 3*g, 9.5*g], [5.5*g, 8*g, 3.2*g], cut=True)]
         i = 2 if s > 0 else 5; p = np.array(ring[i]); places[f'posterior arch {"RL"[s > 0]}'] = (p, np.array(ring[i + 1]) - p, 8)
@@ -324,12 +332,26 @@ class Vertebra:
 
     def at(self, v, k=1.): return self.c + self.R@(np.asarray(v, float)*k)
 
+def _joints(names, m, R, c, rng):
+    "The facets of each vertebra, as `_typical` takes them: both of a joint lie along one plane half way between the vertebrae, a joint space apart"
+    out = {n: {-1: [None, None], 1: [None, None]} for n in names}
+    for up, down in zip(names, [*names[1:], None]):
+        slope, space = dict(C7=1.4, T1=1.8).get(up, 2.2 if up[0] == 'T' else .95)*rng.uniform(.85, 1.15), rng.uniform(1.5, 2.2)
+        normal = (R[up] + R[down or up])@[0, slope, 1]; normal /= np.linalg.norm(normal)
+        for s in (-1, 1):
+            p = np.mean([c[n] + R[n]@[s*(m.cw[n] + 4.5), m.b[n] + .8*m.cd[n], k*(m.h[n] + m.disc[up]/2)] for n, k in ((up, -1), (down, 1)) if n], 0)
+            for n, k, which in ((up, 1, 1), (down, -1, 0)):
+                if n: out[n][s][which] = R[n].T@(p + k*space/2*normal - c[n]), R[n].T@normal
+    return out
+
 def _spine(rng, scale, has):
     "C1..T3 by name, in the patient's mm with C7's body at the origin; and the turn of the head in degrees"
+    small = min(scale/.9, 1)                                                    # a child's: made larger, then shrunk, so that walls are in proportion
     names = list(_MORPHOMETRY.index); m = _MORPHOMETRY*scale*rng.uniform(.93, 1.07, (len(names), _MORPHOMETRY.shape[1]))
     m[['a', 'cw', 'tp']] *= rng.uniform(.93, 1.07); m[['h', 'disc']] *= rng.uniform(.9, 1.08); m['disc'] *= rng.uniform(.75, 1.1)
     worn = rng.uniform(0, 1, len(names))*np.array([.1, .2, .5, .9, 1, .6, .2, .1, .1])   # discs C5/6 and C6/7 go first
     if has['degenerative']: m['disc'] *= 1 - .6*worn
+    m['above'] = m.disc.shift()
     base, lordosis, bend, turn = rng.normal(16, 8), rng.normal(18, 12), rng.normal(0, 3), rng.normal(0, 8)
     far, side = rng.uniform(20, 40)*rng.choice([-1, 1]), rng.uniform(10, 20)*rng.choice([-1, 1])
     if has['turned']: turn = far
@@ -346,12 +368,17 @@ def _spine(rng, scale, has):
     for n, down in zip(names[5:], names[6:]):
         c[down] = c[n] - (R[n][:, 2] + R[down][:, 2])/2*(m.h[n] + m.disc[n] + m.h[down])
     R1 = _rot(2, turn*.5)@R['C2']@_rot(0, rng.normal(0, 4)); g = scale*rng.uniform(.93, 1.07)
-    c1 = c['C2'] + R['C2']@np.array([0, -1, m.h['C2'] + rng.uniform(5.5, 8)*scale])
+    c1 = c['C2'] + R['C2']@np.array([0, -small, m.h['C2'] + rng.uniform(6.8, 8.3)*scale])
     out = {'C1': Vertebra('C1', *_atlas(g, rng), R1, c1, dict(g=g), _waves(rng))}
-    for k, n in enumerate(names):
-        row = m.loc[n].to_dict(); shapes, places = _axis(row, rng) if n == 'C2' else _typical(n, row, rng)
-        spurs = [_ellipsoid([rng.normal(0, row['a']*.5), rng.choice([-1, -1, 1])*(row['b'] - .3), s*row['h']*.93], [rng.uniform(3, 6), 2.2, 1.3])
-                 for s in (-1, 1) for _ in range(2)]
+    joints = _joints(names, m, R, c, rng); low = np.array([0, 0, -99.]), np.array([0, 1., 0])
+    for k, n in reversed(list(enumerate(names))):                                # from below: a spinous process is clear of the next
+        row, d = m.loc[n].to_dict(), (m.loc[n]/small).to_dict(); below = low[0]/small, low[1]
+        facets = {s: [f and (f[0]/small, f[1]) for f in both] for s, both in joints[n].items()}
+        shapes, places = _axis(d, g/small, facets, below, rng) if n == 'C2' else _typical(n, d, facets, below, rng)
+        if small < 1: shapes, places = [_scaled(s, small) for s in shapes], {at: (np.multiply(p, small), q, r*small) for at, (p, q, r) in places.items()}
+        if n != 'C2': up = names[k - 1]; p, q, _ = places['spinous process']; low = R[up].T@(c[n] + R[n]@p - c[up]), R[up].T@R[n]@q
+        spurs = [_ellipsoid([x*row['a'], rng.choice([-1, -1, 1])*((1 - abs(x)**2.5)**.4*row['b'] - .3), s*row['h']*.93], [rng.uniform(3, 6), 2.2, 1.3])
+                 for s in (-1, 1) for x in np.clip(rng.normal(0, .5, 2), -.8, .8)]   # on the rim
         if has['degenerative'] and n[0] == 'C' and worn[k] > .2: shapes += spurs[:int(1 + 3*worn[k])]
         out[n] = Vertebra(n, shapes, places, R[n], c[n], row, _waves(rng))
-    return out, turn
+    return {n: out[n] for n in ('C1', *names)}, turn

@@ -11,6 +11,7 @@ from cspine.anatomy import Prevalence, _evaluate, _spine
 from cspine.ctfile import LOSSY, SYNTAXES
 from cspine.dicom import read_series, write_series
 from cspine.fractures import DECOYS, KINDS, _decoys_of, _fractures_of, _warp, decoy, fracture, kinds_of
+from cspine.neck import _both
 from cspine.oddities import ODDITIES
 from cspine.phantom import _draw_files, _kernel, _noise_tiles, make_study, phantom
 from cspine.presets import LEVELS, CspineError
@@ -103,6 +104,25 @@ def test_a_fragment_that_moved_away_leaves_a_gap(level, kind):
         middle = empty[np.abs(away).argmin()]
         forwards = dict((m, mm) for m, mm, _ in lesion.moves).get('slide', 0)*abs(cut.normal[1])
         assert middle and (empty == middle).sum()*.1 > .8*(max(cut.opening, forwards) + cut.gap), (seed, lesion.displacement)
+
+
+@pytest.mark.parametrize('seed, scale', [(0, .98), (3, .9), (6, 1.05), (1, 1.15), (9, .7), (5, .55)])
+def test_neighbours_keep_apart_and_face_each_other(seed, scale):
+    "A joint space between the facets, discs between the bodies, nothing loose; in children, worn and turned necks, too."
+    spine, _ = _spine(np.random.default_rng([seed, 3]), scale, dict(degenerative=seed % 3 == 0, turned=seed == 1, tilted=seed == 5))
+    bounds, step = (np.array([-80., -110, -70]), np.array([80., 110, 170])), .85
+    first, before = (bounds[1][2], bounds[0][1], bounds[0][0]), None
+    for name, v in spine.items():
+        field = _evaluate(v.shapes, v.R, v.c, bounds, step, waves=v.waves)
+        pieces = np.sort(np.bincount(ndimage.label(field.values < 0)[0].ravel())[1:])*step**3
+        if name != 'T3': assert pieces[:-1].sum() < 3, f'{name}: {pieces.round()} mm3'
+        grid = np.full(np.ceil((bounds[1] - bounds[0])/step).astype(int)[::-1] + 3, 9, 'f4')
+        part, values = _both(field, first, grid); part[:] = values
+        if before is not None:
+            both = np.maximum(grid, before)                                      # half the distance between them, in the middle
+            assert (both < 0).sum()*step**3 < 3, f'{name} and what lies above it'
+            assert 2*both.min() < 3.2, f'{name} and what lies above it are far apart'
+        before = grid
 
 
 def test_every_kind_is_tried():
