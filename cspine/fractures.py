@@ -111,7 +111,10 @@ class Lesion:
                 a, b, h = m; front = np.clip(_F(.5) - v*_F(.5/b), 0, 1)
                 near = np.clip((_F(a + 3) - np.abs(u))*_F(.5), 0, 1)*np.clip((_F(b + 1) - v)*_F(.5), 0, 1)*np.clip((_F(h + 5) - w)*_F(.25), 0, 1)
                 w = w + near*front*_F(mm)*np.clip((w + _F(h))*_F(.5/h), 0, 1)
-            elif move == 'spread': u = u - np.sign(u)*_F(mm)*np.clip((np.abs(u) - 6)*_F(.25), 0, 1)
+            elif move == 'spread':                                              # a side between its cuts, outwards: nothing is left behind it
+                side, behind, *cuts = m; at = u - _F(side*mm)
+                beyond = lambda u: np.where(v < behind, *(c.distance(u, v, w)[0]*_F(np.sign(c.normal[0])*side) > 0 for c in cuts))
+                u = np.where(beyond(at), at, np.where(beyond(u), _F(999), u))
             elif move == 'slide':                                               # all in front of m, forwards: nothing is left behind it
                 v = np.where(v > m, v, np.where(v > m - mm, _F(999), v + _F(mm)))
         for c in self.cuts:
@@ -149,14 +152,15 @@ def fracture(
     _, gaps, shifts = _GRADES[grade or drawn]; gap, shift = rng.uniform(*gaps), rng.uniform(*shifts); m, P = bone.m, bone.places
     def at(place, n=1., **kw): return _cut(rng, P[place][0], np.multiply(P[place][1], n), P[place][2], gap*rng.uniform(.7, 1), **kw)
     if kind == 'jefferson':                                                      # the ring in two to four places, lateral masses apart
-        spots = ['anterior arch ' + side, 'posterior arch ' + 'LR'[side == 'L']] + [f'{p} {s}' for p in ('posterior arch', 'anterior arch') for s in 'RL']
+        spots = ['anterior arch ' + side, 'posterior arch ' + side] + [f'{p} {s}' for p in ('posterior arch', 'anterior arch') for s in 'RL']
         spots = list(dict.fromkeys(spots))[:int(rng.integers(2, 5))]
-        return Lesion(kind, [at(s) for s in spots], [('spread', min(shift, 4.), None)] if shift > 1 else [])
+        cuts = {s: at(s) for s in spots}; pairs = [(k, 6*m['g'], *(cuts.get(f'{p} arch {s}') for p in ('anterior', 'posterior'))) for k, s in ((-1, 'R'), (1, 'L'))]
+        return Lesion(kind, list(cuts.values()), [('spread', min(shift, 4.), p) for p in pairs if None not in p] if shift > 1 else [])
     if kind == 'posterior arch': return Lesion(kind, [at(f'{kind} {s}', shift=shift*.4) for s in ('RL' if rng.random() < .6 else side)])
     if kind == 'dens type II':                                                   # at the base; the dens goes back or forward
         return Lesion(kind, [at('dens', shift=shift, hold=11, away=[0, rng.choice([-1, 1, 1]), 0])])
     if kind == 'hangman':                                                        # both partes; the body slides forward
-        return Lesion(kind, [at(f'pars {s}') for s in 'RL'], [('slide', shift, 9.)] if shift > 1 else [])
+        return Lesion(kind, [at(f'pars {s}') for s in 'RL'], [('slide', shift, max(9., m['b'] + .5))] if shift > 1 else [])
     if kind == 'compression':                                                    # height lost in front, a dense band, the front cortex broken
         a, b, h = m['a'], m['b'], m['h']; loss = 2*h*rng.uniform(.12, .45)
         front = _cut(rng, [rng.normal(0, 2), -b + 1, h*.25], [0, .1, 1], 6, min(gap, 1.2))

@@ -125,6 +125,22 @@ def test_neighbours_keep_apart_and_face_each_other(seed, scale):
         before = grid
 
 
+@pytest.mark.parametrize('seed', range(4))
+def test_a_ring_that_spreads_is_not_stretched(seed):
+    "Beyond its cuts bone moves as a whole; where it came from nothing is left."
+    box, still = (np.array([-60., -60, -30]), np.array([60., 60, 30])), dict(degenerative=False, turned=False, tilted=False)
+    bone = _spine(np.random.default_rng([seed, 3]), 1., still)[0]['C1']
+    lesion = fracture(bone, 'jefferson', np.random.default_rng([seed, 9]), 'displaced')
+    at = dict(R=np.eye(3), c=np.zeros(3), bounds=box, step=.6, waves=bone.waves, pad=6)
+    whole, moved = (_evaluate(bone.shapes, warp=w, **at).values < 0 for w in (None, _warp([lesion])))
+    assert abs(moved.sum()/whole.sum() - 1) < .025
+    pieces = np.bincount(ndimage.label(moved)[0].ravel())[1:]*.6**3
+    assert lesion.displacement >= 1.5 and (pieces > 300).sum() == 1 + len(lesion.moves) + (len(lesion.cuts) == 4)
+    for move, mm, (side, *_) in lesion.moves:
+        came, went = ((np.argwhere(x.any((0, 1)))*side).max()*.6 for x in (whole, moved))
+        assert move == 'spread' and went - came == pytest.approx(mm, abs=.7), 'the tip of a transverse process'
+
+
 def test_every_kind_is_tried():
     assert {k for kinds in BROKEN for k in kinds.values()} == set(KINDS.index)
 
