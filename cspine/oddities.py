@@ -16,7 +16,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
-from .ctfile import SYNTAXES, encode_frame
+from .ctfile import LOSSY, SYNTAXES, encode_frame
 from .dicom import DicomError, write_series
 
 # %% ../nbs/01_oddities.ipynb #d1a64547
@@ -166,7 +166,7 @@ def _no_image(folder, rng):
 def _screenshot(folder, rng):
     ds = pydicom.dcmread(_slices(folder)[0])
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.7'
-    ds.file_meta.TransferSyntaxUID = SYNTAXES['explicit']
+    ds.file_meta.TransferSyntaxUID = SYNTAXES['big_endian' if ds.original_encoding == (False, False) else 'explicit']   # pydicom does not turn bytes
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, 'RGB', 0
     ds.Rows = ds.Columns = 40
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
@@ -317,7 +317,8 @@ def write_odd(
     o, folder, rng = _oddity(oddity), Path(folder), np.random.default_rng(seed)
     slices, A, positions = acquire(hu, affine, oddity)
     if o.series.get('BitsStored') == 12: slices = np.clip(slices, -1024, 3071)
-    write_series(slices, A, folder, uid=uid, syntax='explicit' if o.raw else syntax, series=(series or {}) | o.series)
+    if o.raw or (syntax in LOSSY and 'RescaleIntercept' in o.series): syntax = 'explicit'   # eight and twelve bits have no room for -3024 HU
+    write_series(slices, A, folder, uid=uid, syntax=syntax, series=(series or {}) | o.series)
     if positions is not None:
         for p, at in zip(_slices(folder), positions): _edit(p, ImagePositionPatient=[f'{v:.6f}' for v in at])
     if o.files: o.files(folder, rng)

@@ -9,6 +9,7 @@ from scenes import judge
 from scipy.ndimage import map_coordinates
 from test_dicom import block
 
+from cspine.ctfile import SYNTAXES
 from cspine.dicom import DicomError, read_series
 from cspine.oddities import ODDITIES, acquire, write_odd
 from cspine.rsna import read_mask, write_mask
@@ -82,3 +83,12 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, neck):
         files = [{str(p.relative_to(f)): p.read_bytes() for p in f.rglob('*') if p.is_file()} for f in (a, b, c)]
         assert files[0] == files[1], name
         if name in ('damaged_slice', 'overlay', 'shuffled_names', 'enhanced'): assert files[0] != files[2], name
+
+
+def test_every_oddity_can_be_written_in_every_syntax(tmp_path, neck):
+    hu, affine, _ = neck
+    rarest = 'big_endian', 'jpeg_baseline'   # bytes turned round; eight bits
+    for name in ODDITIES:
+        for syntax in SYNTAXES if name in ('padding', 'screenshot') else rarest:
+            folder = write_odd(hu[::2], affine @ np.diag([2, 1, 1, 1]), tmp_path / name / syntax, name, syntax=syntax, seed=4)
+            assert read_series(folder).hu.max() > 300, (name, syntax)
