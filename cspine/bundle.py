@@ -262,7 +262,7 @@ def load_bundle(
 def small_preset() -> Preset:
     "`tiny`, shrunk until it runs in a blink"
     t = get_preset('tiny')
-    return replace(t, name='small', segmentation=replace(t.segmentation, spacing=6., patch=32, widths=(4,8,16), low_widths=(4,8), low_epochs=1),
+    return replace(t, name='small', segmentation=replace(t.segmentation, spacing=3., patch=32, widths=(4,8), low_spacing=6., low_patch=32, low_widths=(4,8), low_epochs=1),
         classification=replace(t.classification, encoder='tu-test_efficientnet', slices=6, size=64, hidden=8, layers=1))
 
 def random_bundle(

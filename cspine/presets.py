@@ -54,20 +54,23 @@ def progress(
 @dataclass(frozen=True)
 class SegmentationPreset:
     "Stage 1: from HU to a label map of nine classes"
-    model:str               # 'unet2d' (slices, any smp encoder) or 'unet3d' (whole scan on a coarse grid)
-    encoder:str|None        # unet2d: smp's name of the encoder
-    pretrained:bool         # unet2d: start from ImageNet weights where they can be had
+    model:str               # 'unet2d' (slices, any smp encoder), 'unet3d' (whole scan on a coarse grid), 'cascade3d' (that, then the spine on a
+                            # fine one); rivals: 'resnet3d' (an encoder of MONAI on a coarse grid), 'visible2d' (only which levels a slice shows)
+    encoder:str|None        # 2d: smp's name of the encoder; resnet3d: MONAI's
+    pretrained:bool         # 2d: start from ImageNet weights where they can be had
     in_channels:int         # channels of `input`
     classes:int             # background, C1-C7, T
     input:str               # 'windows' (three HU windows) or '2.5d' (slices n-1, n, n+1)
-    size:int|None           # unet2d: side of the slice, px
-    spacing:float|None      # unet3d: side of the grid's cubic voxel, mm
-    patch:int|None          # unet3d: side of the training cube, voxels
-    widths:tuple|None       # unet3d: channels per resolution level
-    low_widths:tuple|None   # unet3d: the same for a first U-Net on half the grid, whose answer the other refines; None: no cascade
-    low_epochs:int          # epochs of that one alone, before both are trained together
+    size:int|None           # 2d: side of the slice, px
+    spacing:float|None      # 3d: side of the grid's cubic voxel, mm
+    patch:int|None          # 3d: side of the training cube, voxels
+    widths:tuple|None       # 3d: channels per resolution level
+    low_spacing:float|None  # cascade3d: the same three for its first network
+    low_patch:int|None
+    low_widths:tuple|None
+    low_epochs:int          # epochs of that one, before the other is trained
     low_steps:int           # its steps per epoch
-    loss:str                # 'bce_jaccard' or 'ce_dice'
+    loss:str                # 'bce_jaccard', 'ce_dice' or 'bce'
     augment:str             # 'paper' (albumentations) or 'neck3d' (torch, for cubes)
     epochs:int
     steps:int|None          # steps per epoch; None: once through the data
@@ -75,6 +78,11 @@ class SegmentationPreset:
     lr:float                # peak of the cosine
     weight_decay:float
     ema:float               # decay of the moving average of the weights; 0: none
+
+    @property
+    def by_slice(self) -> bool:
+        "Does the model read slice after slice?"
+        return self.model in ('unet2d','visible2d')
 
 @dataclass(frozen=True)
 class ClassificationPreset:
@@ -126,10 +134,10 @@ class Preset:
         return cls(**d)
 
 # %% ../nbs/00_presets.ipynb #7141ae42
-_CHOICES = dict(model=('unet2d','unet3d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice'),
+_CHOICES = dict(model=('unet2d','unet3d','cascade3d','resnet3d','visible2d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice','bce'),
                 augment=('paper','neck3d','light','none'), patient=('noisy_or','head'))
 # What a number may be. A preset may come with a bundle from elsewhere: nothing in it may take the machine down.
-_LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64), size=(16,2048), spacing=(.5,20), patch=(8,512), widths=(1,2048),
+_LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64), size=(16,2048), spacing=(.5,20), low_spacing=(.5,20), patch=(8,512), low_patch=(8,512), widths=(1,2048),
                low_widths=(1,2048), decoder_channels=(1,2048), low_epochs=(0,10000), low_steps=(0,10**6), epochs=(1,10000), steps=(1,10**6), batch=(1,4096),
                lr=(1e-9,10), weight_decay=(0,10), ema=(0,.99999), slices=(1,512), margin_mm=(0,100), window=(-10000,10000), group=(1,512),
                slice_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(1,16), dropout=(0,.99))
@@ -167,7 +175,8 @@ def _checked(cls, d, where):
         out[k] = v
     if 'window' in out and (len(out['window']) != 2 or out['window'][0] <= 0):
         raise CspineError(f'{where} field window of the preset should be (width, level) in HU with a width above 0, got {out["window"]!r}')
-    needs = dict(unet2d=('encoder','size'), unet3d=('spacing','patch','widths')).get(out.get('model'), ())
+    needs = dict(unet2d=('encoder','size'), visible2d=('encoder','size'), resnet3d=('encoder','spacing','patch'), unet3d=('spacing','patch','widths'),
+                 cascade3d=('spacing','patch','widths','low_spacing','low_patch','low_widths')).get(out.get('model'), ())
     for k in needs:
         if not out[k]: raise CspineError(f'{where} field {k} of the preset must be set for a {out["model"]}')
     return out
@@ -177,16 +186,16 @@ PRESETS = dict(
     paper=Preset('paper',
         SegmentationPreset(model='unet2d', encoder='efficientnet-b5', pretrained=True, in_channels=3, classes=9,
             input='windows', size=512, spacing=None, patch=None, widths=None,
-            low_widths=None, low_epochs=0, low_steps=0, loss='bce_jaccard', augment='paper',
+            low_spacing=None, low_patch=None, low_widths=None, low_epochs=0, low_steps=0, loss='bce_jaccard', augment='paper',
             epochs=20, steps=None, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.),
         ClassificationPreset(encoder='resnet101', pretrained=True, decoder_channels=(256,128,64,32,16), slices=30,
             size=256, margin_mm=0., window=(1800,400), isolate=False, group=30, slice_loss=0., classes=7, hidden=256, layers=2, patient='noisy_or',
             mask_loss=1., dropout=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.)),
     tiny=Preset('tiny',
-        SegmentationPreset(model='unet3d', encoder=None, pretrained=False, in_channels=3, classes=9,
-            input='windows', size=None, spacing=2., patch=80, widths=(16,32,64,112),
-            low_widths=(16,32,64,112), low_epochs=4, low_steps=700, loss='ce_dice',
-            augment='neck3d', epochs=3, steps=180, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
+        SegmentationPreset(model='cascade3d', encoder=None, pretrained=False, in_channels=3, classes=9,
+            input='windows', size=None, spacing=1., patch=96, widths=(24,48,96),
+            low_spacing=4., low_patch=48, low_widths=(16,32,64,112), low_epochs=4, low_steps=700, loss='ce_dice',
+            augment='neck3d', epochs=3, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
             size=128, margin_mm=4., window=(1800,400), isolate=True, group=3, slice_loss=1., classes=7, hidden=128, layers=2, patient='head',
             mask_loss=0., dropout=0.2, augment='light', epochs=8, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99)),

@@ -18,9 +18,10 @@ from .presets import LEVELS,TARGETS,CspineError,Preset,get_preset,progress
 from .rsna import find_studies,folds,read_boxes,read_folds,read_train,write_folds,write_whole
 from .dicom import DicomError,read_series
 from .encoders import load_encoder_weights
+from .rivals import with_model
 from .cropping import boxes_from_labels,crop_masks,crop_slices,crop_vertebrae
 from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM,CropDataset,fit_scale,predict_probabilities,with_prior
-from .segmentation import (CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,channels_last,low_preset,
+from .segmentation import (CubeDataset,FineDataset,SegmentationFigures,SliceDataset,VisibleFigures,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,predict_labels,segmentation_loss)
 
 # %% ../nbs/20_training.ipynb #b4f7728c
@@ -265,14 +266,16 @@ def train_segmentation(
     epochs:int|None=None,       # another number than the preset's
     resume:bool=False,          # go on from the newest checkpoint
     weights:str|None=None,      # encoder weights for unet2d: 'timm', a file or a folder
+    model:str|None=None,        # another model than the preset's, by name: `cspine.rivals.RIVALS`
+    input:str|None=None,        # 'windows' or '2.5d', for a model that reads slices
 ) -> Path:                      # the run folder
     "Train stage 1 on the studies that have a mask, split by study"
-    preset,data = get_preset(preset),Path(data)
+    preset,data = with_model(preset, model, input),Path(data)
     if epochs:
         seg = preset.segmentation
         preset = replace(preset, segmentation=replace(seg, epochs=int(epochs), low_epochs=min(int(epochs), seg.low_epochs)))
     seg = preset.segmentation
-    if weights and seg.model == 'unet3d': raise CspineError(f'preset {preset.name} has a 3D network in stage 1, which no encoder weights fit; leave out --weights')
+    if weights and not seg.by_slice: raise CspineError(f'preset {preset.name} has a 3D network in stage 1, which no encoder weights fit; leave out --weights')
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)
     masked = [u for u in table.index if (data/'segmentations'/f'{u}.nii').exists()]
@@ -282,19 +285,23 @@ def train_segmentation(
         train,valid = [[u for u in masked if (fold_of[u]==k) == v] for v in (False,True)]
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with a mask to train on and {len(valid)} to validate; more masks or fewer folds are needed')
         paths = cache_studies(data, train+valid, out/'cache', seg)
-        kind = CubeDataset if seg.model == 'unet3d' else SliceDataset
+        kind = SliceDataset if seg.by_slice else CubeDataset
+        figures = VisibleFigures() if seg.model == 'visible2d' else SegmentationFigures()
         torch.manual_seed(preset.seed+k)
         model = build_segmentation(seg)
         if seg.pretrained and not (resume and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt'))):
             load_encoder_weights(model.encoder, seg.encoder, weights, print)
-        if seg.low_widths:   # the first U-Net of the cascade alone: its steps cost a tenth of the whole's
-            low = low_preset(seg)
-            sets = [CubeDataset([paths[u] for u in us], low, t, preset.seed+k, halve=True) for us,t in ((train,True),(valid,False))]
+        net,inputs,whole = model,1,dict(valid_batch=None if seg.by_slice else 1)
+        if seg.model == 'cascade3d':   # the first network alone, then the second with what the first says
+            low,net,inputs = low_preset(seg),model.fine,2
+            sets = [CubeDataset([paths[u] for u in us], low, t, preset.seed+k) for us,t in ((train,True),(valid,False))]
             fit(model.low, segmentation_loss(low), *sets, out/f'fold{k}'/'low', low.epochs, low.batch, low.lr, low.weight_decay, low.ema,
                 preset.seed+k, SegmentationFigures(), resume=resume, valid_batch=1)
-        log = fit(model, segmentation_loss(seg), kind([paths[u] for u in train], seg, True, preset.seed+k),
-                  kind([paths[u] for u in valid], seg, False), out/f'fold{k}', seg.epochs, seg.batch, seg.lr, seg.weight_decay,
-                  seg.ema, preset.seed+k, SegmentationFigures(), resume=resume, valid_batch=1 if seg.model == 'unet3d' else None)
+            kind = partial(FineDataset, low=model.low)
+        sets = [kind([paths[u] for u in us], seg, train=t, seed=preset.seed+k) for us,t in ((train,True),(valid,False))]
+        log = fit(net, segmentation_loss(seg), *sets, out/f'fold{k}', seg.epochs, seg.batch, seg.lr, seg.weight_decay,
+                  seg.ema, preset.seed+k, figures, inputs=inputs, resume=resume, **whole)
+        if seg.model == 'cascade3d': _save_weights(model, out/f'fold{k}')
         _finish_fold(out, k, log, dict(train=len(train), valid=len(valid)))
     return out
 

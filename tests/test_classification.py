@@ -14,11 +14,11 @@ from cspine.classification import CompetitionLoss, CrackNetBiLSTM, CropDataset, 
 from cspine.dicom import write_series
 from cspine.presets import TARGETS, CspineError, get_preset
 from cspine.rsna import PRIOR, folds, read_folds, read_train, write_folds
-from cspine.segmentation import build_segmentation
+from cspine.segmentation import build_segmentation, low_preset
 
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
-                segmentation=replace(TINY.segmentation, widths=(4, 8), low_widths=None, spacing=4., patch=16),
+                segmentation=replace(low_preset(TINY.segmentation), widths=(4, 8), patch=16, steps=60, epochs=3),
                 classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
