@@ -214,3 +214,9 @@ def test_accelerates_own_cpu_switch_is_said_to_start_one_process(monkeypatch, ca
     for k, v in dict(MASTER_ADDR='127.0.0.1', ACCELERATE_USE_CPU='True').items(): monkeypatch.setenv(k, v)
     assert training._processes() is None and '--multi_gpu' in capsys.readouterr().err
     assert find_device('cpu') == torch.device('cpu')
+
+
+def test_the_time_left_counts_what_comes_after(tmp_path, capsys):
+    training.fit(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, Slow(.21), Slow(0), tmp_path, 2, batch=5, device='cpu', later=60)
+    said = [line.rsplit('; ')[1] for line in capsys.readouterr().err.splitlines() if 'waiting for data' in line]
+    assert len(said) == 2 and said[1] == '1:00 left of the fold' and '1:02' <= said[0].split()[0] < '1:10'
