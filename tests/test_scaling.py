@@ -146,7 +146,7 @@ class Slow(torch.utils.data.Dataset):
         return torch.full((1,), float(i)), torch.zeros(1)
 
 
-@pytest.mark.parametrize('data, step, least, most', [(.02, 0, .7, 1), (0, .02, 0, .3)])
+@pytest.mark.parametrize('data, step, least, most', [(.15, 0, .6, 1), (0, .15, 0, .4)])
 def test_the_share_of_waiting(tmp_path, data, step, least, most):
     def loss(pred, true):
         training.time.sleep(step)
