@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
-           'Device', 'phantom', 'inspect', 'train_segmentation', 'train_classification', 'bundle', 'predict', 'submit',
-           'score', 'presets', 'main']
+           'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_classification', 'bundle',
+           'predict', 'submit', 'score', 'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
 import hashlib,json,os,sys
@@ -50,10 +50,12 @@ PresetOption = Annotated[str, Option(metavar='NAME', help='Name of a preset; csp
 Out = Annotated[Path, Option(metavar='RUN', help='Run folder to write.', show_default=False)]
 Fold = Annotated[str, Option(parser=_fold, metavar='N|all', help='Validation fold, or all of them one after the other.')]
 Epochs = Annotated[int | None, Option(min=1, metavar='N', help="Instead of the preset's number.", show_default=False)]
-Resume = Annotated[bool, Option('--resume', help='Go on after the last finished epoch in --out.')]
+Resume = Annotated[bool, Option('--resume', help='Go on from the newest checkpoint in --out.')]
 Weights = Annotated[str | None, Option(metavar='PATH|timm|none', help='ImageNet weights of the encoder: a file, a folder, or timm to fetch its own. Without it, '
                                             'those of cspine[pretrained] where they fit.', show_default=False)]
 Device = Annotated[str | None, Option(metavar='NAME', help='cpu, cuda, cuda:1, ...; without it, a GPU where there is one.', show_default=False)]
+Precision = Annotated[str, Option(metavar='auto|fp32|bf16|fp16', help='Number format of mixed precision; auto: the fastest that the device has.')]
+Batch = Annotated[int | None, Option(min=1, metavar='N', help="Items per step, of all processes together, instead of the preset's number.", show_default=False)]
 
 # %% ../nbs/40_cli.ipynb #91c04c43
 @app.command(epilog='Example: cspine phantom data --train 16 --test 8 --size 256 --seed 1')
@@ -86,20 +88,22 @@ def inspect(
 # %% ../nbs/40_cli.ipynb #d113471a
 @train_app.command('segmentation', epilog='Example: cspine train segmentation --data data --preset tiny --out runs/seg')
 def train_segmentation(data: Data, out: Out, preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None,
-                       resume: Resume = False, weights: Weights = None):
+                       resume: Resume = False, weights: Weights = None, device: Device = None, precision: Precision = 'auto', batch: Batch = None):
     "Train stage 1: from slices to a label map."
     from cspine.training import train_segmentation
-    return train_segmentation(data, preset=preset, out=out, fold=_number(fold), epochs=epochs, resume=resume, weights=weights)
+    return train_segmentation(data, preset=preset, out=out, fold=_number(fold), epochs=epochs, resume=resume, weights=weights,
+                              device=device, precision=precision, batch=batch)
 
 @train_app.command('classification', epilog='Example: cspine train classification --data data --preset tiny --segmentation runs/seg --out runs/cls')
 def train_classification(
     data: Data, out: Out,
     segmentation: Annotated[Path, Option(metavar='RUN', help='Run folder of stage 1, whose label maps cut the crops.', show_default=False)],
-    preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None):
+    preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None,
+    device: Device = None, precision: Precision = 'auto', batch: Batch = None):
     "Train stage 2: from seven crops to eight probabilities."
     from cspine.training import train_classification
     return train_classification(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs,
-                                resume=resume, weights=weights)
+                                resume=resume, weights=weights, device=device, precision=precision, batch=batch)
 
 def _number(fold): return fold if fold == 'all' else int(fold)
 
@@ -231,7 +235,7 @@ def main(
     try: app(args, prog_name='cspine')
     except SystemExit as stop:
         if stop.code != 130: raise
-        print('cspine: stopped; what was written is whole, and the same command (train: with --resume, after the last finished epoch) goes on from there', file=sys.stderr, flush=True)
+        print('cspine: stopped; what was written is whole, and the same command (train: with --resume, from the newest checkpoint) goes on from there', file=sys.stderr, flush=True)
         os._exit(130)   # Ctrl-C: a thread that is still in torch's native code would abort an orderly end
     except Exception as e:
         if os.environ.get('CSPINE_DEBUG') == '1': raise

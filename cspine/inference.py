@@ -15,7 +15,7 @@ from .classification import predict_probabilities
 from .cropping import boxes_from_labels,crop_vertebrae
 from .dicom import read_series
 from .presets import CspineError,LEVELS,TARGETS
-from .segmentation import has_cervical_spine,predict_labels
+from .segmentation import find_device,has_cervical_spine,predict_labels
 
 # %% ../nbs/22_inference.ipynb #49f44499
 EPS = 1e-3   # no probability below EPS or above 1-EPS: a miss costs at most 6.9 nats
@@ -40,14 +40,6 @@ class Prediction:
         return f'Prediction({self.uid}: {p}{"" if self.cervical_spine else "; prior, since " + self.reason})'
 
 # %% ../nbs/22_inference.ipynb #2ff0a20b
-def _device(device):
-    "The device of that name; by itself: a GPU where there is one"
-    if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.zeros(1, device=device).cpu()   # only a try tells whether it works
-    except (RuntimeError,AssertionError) as e:
-        raise CspineError(f'cannot use the device {device!r} ({str(e).splitlines()[0]}); use cpu, or leave it out') from None
-    return torch.device(device)
-
 @contextmanager
 def _timed(seconds, step):
     start = time.perf_counter()
@@ -61,7 +53,7 @@ class Pipeline:
         bundle=None,   # bundle folder or Bundle; None: the demo bundle
         device=None,   # 'cpu', 'cuda', ...; None: a GPU where there is one
     ):
-        self.device = _device(device)
+        self.device = find_device(device)
         self.bundle = load_bundle(bundle)
         for m in self.bundle.segmentation+self.bundle.classification: m.to(self.device)
 

@@ -7,8 +7,8 @@ __all__ = ['MOST_VOXELS', 'NEAR_MM', 'SPINE', 'SPINE_MM', 'SPECK_MM3', 'FRAGMENT
            'fine_shape', 'fine_arrays', 'on_own_grid', 'bone_scores', 'labels_of', 'network_input', 'channels_last',
            'UNet3d', 'Refiner', 'Cascade', 'VisibleLevels', 'build_segmentation', 'CrossEntropyDice', 'BCEJaccard',
            'segmentation_loss', 'dice_per_class', 'segmentation_metrics', 'cache_study', 'cache_studies', 'low_preset',
-           'CubeDataset', 'FineDataset', 'SliceDataset', 'SegmentationFigures', 'VisibleFigures', 'fast_dtype', 'fast',
-           'predict_scores', 'predict_labels', 'clean_labels', 'has_cervical_spine']
+           'CubeDataset', 'FineDataset', 'SliceDataset', 'SegmentationFigures', 'VisibleFigures', 'find_device',
+           'fast_dtype', 'fast', 'predict_scores', 'predict_labels', 'clean_labels', 'has_cervical_spine']
 
 # %% ../nbs/10_segmentation.ipynb #b0b88ab6
 from contextlib import nullcontext
@@ -596,6 +596,18 @@ class VisibleFigures:
                     **{f'f1_{c}':float(v) for c,v in zip(CLASSES[1:], f1)})
 
 # %% ../nbs/10_segmentation.ipynb #f61f3eca
+def find_device(
+    device=None,   # its name: cpu, cuda, cuda:1, ...; None: a GPU where there is one
+) -> torch.device:
+    "The device of that name, tried out"
+    if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: torch.device(device)
+    except RuntimeError: raise CspineError(f'cannot use the device {device!r}: there is none of that name; use cpu or cuda, or leave it out') from None   # torch would list its 20 kinds
+    try: torch.zeros(1, device=device).cpu()   # only a try tells whether it works
+    except (RuntimeError,AssertionError) as e:
+        raise CspineError(f'cannot use the device {device!r} ({str(e).splitlines()[0]}); use cpu, or leave it out') from None
+    return torch.device(device)
+
 def fast_dtype(
     device='cpu',   # torch device or its name
 ):                  # torch.bfloat16, torch.float16, or None for float32

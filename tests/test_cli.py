@@ -137,14 +137,15 @@ def test_train_passes_on_what_was_asked(monkeypatch):
         def record(*args, _bind=inspect.signature(getattr(cspine.training, f'train_{stage}')).bind, **kw):
             seen.append(_bind(*args, **kw).arguments)
         monkeypatch.setattr(cspine.training, f'train_{stage}', record)
-    for line in ('segmentation --data d --preset paper --out r --fold all --epochs 3 --resume --weights w.pth',
+    for line in ('segmentation --data d --preset paper --out r --fold all --epochs 3 --resume --weights w.pth --device cpu --precision fp32 --batch 4',
                  'classification --data d --preset tiny --segmentation s --out r --fold 2', 'segmentation --data d --out r'):
         with pytest.raises(SystemExit) as stop: cli.main(['train', *line.split()])
         assert not stop.value.code
     d, r = Path('d'), Path('r')
-    assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth'),
-                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None),
-                    dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None)]
+    left = dict(device=None, precision='auto', batch=None)
+    assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth', device='cpu', precision='fp32', batch=4),
+                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, **left),
+                    dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None, **left)]
 
 
 @pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'),
