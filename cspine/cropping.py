@@ -269,6 +269,6 @@ def crop_planes(
 ) -> np.ndarray:                  # (..., preset.planes, S, S) uint8: the slices; with a mask channel each group of slices, then its mask
     "The planes of a vertebra in the order in which the network takes them"
     if not preset.mask_channel: return crops
-    groups,(*first,n,h,w) = preset.slices//preset.group,crops.shape
+    groups,(*first,_,h,w) = preset.slices//preset.group,crops.shape
     if masks.dtype == bool: masks = group_masks(masks, groups)
     return np.concatenate([crops.reshape(*first, groups, preset.group, h, w), masks[...,:,None,:,:]], -3).reshape(*first, preset.planes, h, w)
