@@ -42,29 +42,26 @@ MOST_TILT = 45   # degrees; the necks of `cspine phantom` reach 49, half of them
 def vertebra_axes(
     labels:np.ndarray,  # (z, y, x) uint8, 1-7 are C1-C7
     spacing,            # (3,) mm per voxel, (z, y, x)
-    boxes=None,         # (7, 6) of `boxes_from_labels`, to save time
-) -> np.ndarray:        # (7, 3) unit vectors (z, y, x) in the scan's mm, pointing to the feet; (1, 0, 0) where nothing else can be told
+) -> np.ndarray:        # (7, 3) unit vectors (z, y, x) in the scan's mm, pointing to the feet; (1, 0, 0) for all if nothing can be told of any
     "The direction from the top to the bottom of each vertebra"
-    spacing,boxes = np.asarray(spacing, float), boxes_from_labels(labels) if boxes is None else boxes
-    cut = cut_by_scan(boxes_from_labels(labels), labels.shape)
-    centre,flat,straight = [None]*7, [None]*7, np.array([1.,0,0])
+    spacing,cut = np.asarray(spacing, float),cut_by_scan(boxes_from_labels(labels), labels.shape)
+    centre,flat,out = [None]*7,[None]*7,np.full((7,3), np.nan)
     def believed(v):
         n = np.linalg.norm(v)
         return v/n*np.sign(v[0]) if n and abs(v[0])/n >= np.cos(np.radians(MOST_TILT)) else None
-    for level in range(7):
+    for level in np.flatnonzero(~cut):
         at = _voxels(labels, level+1)*spacing
         if len(at) < 4: continue
         centre[level] = at.mean(0)
-        if not cut[level]: flat[level] = believed(np.linalg.eigh(np.cov((at-centre[level]).T))[1][:,0])
-    out = np.tile(straight, (7,1))
+        flat[level] = believed(np.linalg.eigh(np.cov((at-centre[level]).T))[1][:,0])
     for level in range(7):
         if centre[level] is None: continue
-        above,below = (centre[i] if 0 <= i < 7 else None for i in (level-1, level+1))
-        known = [c for c in (above, centre[level], below) if c is not None]
-        line = believed(known[-1]-known[0]) if len(known) > 1 else None
-        if level == 0 and flat[0] is not None: line = None
+        known = [centre[i] for i in (level-1, level, level+1) if 0 <= i < 7 and centre[i] is not None]
+        line = believed(known[-1]-known[0]) if len(known) > 1 and not (level == 0 and flat[0] is not None) else None
         found = [v for v in (flat[level], line) if v is not None]
         if found: out[level] = believed(sum(found))
+    sure = np.flatnonzero(np.isfinite(out[:,0]))
+    for level in np.setdiff1d(range(7), sure): out[level] = out[sure[abs(sure-level).argmin()]] if len(sure) else (1,0,0)
     return out
 
 def _voxels(labels, label):
