@@ -190,11 +190,11 @@ def _source(bundle):
         b = load_bundle(None if bundle is None else folder)   # checks the SHA-256 that it states
         stated = json.loads((folder/'bundle.json').read_text(encoding='utf-8'))['stages']['segmentation']
         return _Source(folder, 'bundle', b.preset, {i:s['sha256'] for i,s in enumerate(stated)})
-    trained = json.loads((folder/'run.json').read_text(encoding='utf-8')).get('folds')
-    if trained == []: raise CspineError(f'{folder} has no trained fold yet: finish it with `cspine train segmentation ... --resume`')
     run,preset,files = _read_run(folder)
     if run['kind'] != 'segmentation': raise CspineError(f'{folder} is a run of {run["kind"]}; crops need one of segmentation, or a bundle')
-    return _Source(folder, 'run', preset, {k:hashlib.sha256(f.read_bytes()).hexdigest() for k,f in files.items() if k in trained})
+    done = {k:f for k,f in files.items() if k in run.get('folds', ())}
+    if not done: raise CspineError(f'{folder} has no trained fold yet: finish it with `cspine train segmentation ... --resume`')
+    return _Source(folder, 'run', preset, {k:hashlib.sha256(f.read_bytes()).hexdigest() for k,f in done.items()})
 
 def crop_data_set(
     data,                # folder in the competition's layout
