@@ -292,10 +292,11 @@ def _room(out, jobs, kept, cls):
 def _crop_job(row, folder, path, source, folds, preset, fractured, drawn, device, one_thread):
     "Read, label, crop and write one study: its row of studies.csv"
     if one_thread: torch.set_num_threads(1)   # as many processes as cores
+    networks = source.networks(folds)
     try:
         with contextlib.redirect_stderr(io.StringIO()): volume = read_series(folder)   # no bar per study: there is one for all
     except DicomError as e: return row | dict(why=' '.join(str(e).split()))
-    labels = predict_labels(source.networks(folds), preset.segmentation, volume, device)
+    labels = predict_labels(networks, preset.segmentation, volume, device)
     study = crop_study(volume, labels, preset.classification, fractured, None if drawn is None else fracture_boxes(volume, drawn))
     if not study['present'].any(): return row | dict(vertebrae='0', why='stage 1 finds no vertebra in it')
     file = _pack(study)

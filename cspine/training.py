@@ -329,7 +329,7 @@ def train_classification(
     which = _which(fold, preset.folds)
     out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known)
     if crops is None: store = crop_data_set(data, segmentation, out/'crops'/crop_key(cls), preset, workers, fold_of=fold_of)
-    seen = [u for u in fold_of.index if u in store]
+    seen = sorted(u for u in fold_of.index if u in store)   # an order that does not depend on which study was cut first
     for k in which:
         train,valid = [[u for u in seen if (fold_of[u]==k) == v] for v in (False,True)]
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with crops to train on and {len(valid)} to validate; more studies or fewer folds are needed')

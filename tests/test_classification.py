@@ -214,6 +214,19 @@ def test_a_study_is_labelled_by_the_model_that_has_not_seen_it(data, seg_run, tm
     assert (store.table.labelled_by == store.table.fold).all()
 
 
+def test_a_ready_crop_data_set_trains_the_same(data, seg_run, tmp_path, monkeypatch):
+    store = crops_module.crop_data_set(data, seg_run, tmp_path/'c', workers=1)
+    preset = replace(SMALL, classification=replace(SMALL.classification, epochs=1))
+    own = training.train_classification(data, preset, seg_run, tmp_path/'own', workers=1)
+    monkeypatch.setattr(training, 'crop_data_set', None)   # nothing is cut again
+    ready = training.train_classification(data, preset, out=tmp_path/'ready', crops=store.folder)
+    a, b = (load_file(r/'fold0'/'model.safetensors') for r in (own, ready))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert read_folds(ready/'folds.csv').sort_index().equals(read_folds(own/'folds.csv').sort_index())
+    a, b = (pd.read_csv(r/'oof.csv').sort_values('StudyInstanceUID', ignore_index=True) for r in (own, ready))
+    pd.testing.assert_frame_equal(a, b)
+
+
 def test_killed_and_resumed_is_as_if_never_killed(data, seg_run, tmp_path, monkeypatch):
     whole = train(data, seg_run, tmp_path/'whole')
     calls = []
