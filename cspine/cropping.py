@@ -37,14 +37,15 @@ def cut_by_scan(
     return (boxes >= 0).all(1) & ((boxes[:,::2] == 0) | (boxes[:,1::2] == shape)).any(1)
 
 # %% ../nbs/12_cropping.ipynb #1528c7d1
-MOST_TILT = 45   # degrees; the necks of `cspine phantom` reach 49, half of them stay under 15
+MOST_TILT = 60   # degrees; the vertebrae of `cspine phantom` reach 49, half of them stay under 15
 
 def vertebra_axes(
     labels:np.ndarray,  # (z, y, x) uint8, 1-7 are C1-C7
     spacing,            # (3,) mm per voxel, (z, y, x)
 ) -> np.ndarray:        # (7, 3) unit vectors (z, y, x) in the scan's mm, pointing to the feet; (1, 0, 0) for all if nothing can be told of any
     "The direction from the top to the bottom of each vertebra"
-    spacing,cut = np.asarray(spacing, float),cut_by_scan(boxes_from_labels(labels), labels.shape)
+    spacing,boxes = np.asarray(spacing, float),boxes_from_labels(labels)
+    cut = (boxes[:,0] == 0) | (boxes[:,1] == labels.shape[0])   # at its sides a vertebra may be cut and still show how it lies
     centre,flat,out = [None]*7,[None]*7,np.full((7,3), np.nan)
     def believed(v):
         n = np.linalg.norm(v)

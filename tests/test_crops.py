@@ -107,7 +107,7 @@ def test_a_coarse_turned_crop_averages():
 
 def test_tilt_is_limited():
     spacing = (1., 1., 1.)
-    hu, labels = neck(rotation(60, 0), spacing, 190.)
+    hu, labels = neck(rotation(72, 0), spacing, 190.)
     assert (vertebra_axes(labels, spacing) == [1, 0, 0]).all()       # no neck is bent so far
     hu, labels = neck(rotation(20, 0), spacing)
     alone = np.where(labels == 4, labels, 0).astype(np.uint8)
