@@ -51,7 +51,7 @@ def vertebra_axes(
         n = np.linalg.norm(v)
         return v/n*np.sign(v[0]) if n and abs(v[0])/n >= np.cos(np.radians(MOST_TILT)) else None
     for level in np.flatnonzero(~cut):
-        at = _voxels(labels, level+1)*spacing
+        at = _voxels(labels, level, boxes)*spacing
         if len(at) < 4: continue
         centre[level] = at.mean(0)
         flat[level] = believed(np.linalg.eigh(np.cov((at-centre[level]).T))[1][:,0])
@@ -65,10 +65,10 @@ def vertebra_axes(
     for level in np.setdiff1d(range(7), sure): out[level] = out[sure[abs(sure-level).argmin()]] if len(sure) else (1,0,0)
     return out
 
-def _voxels(labels, label):
-    "(n, 3) indices of a label's voxels, at their centres, in voxels from the edge of voxel 0"
-    s = ndimage.find_objects(labels, max_label=label)[label-1]   # the others are not looked at again
-    return np.zeros((0,3)) if s is None else np.argwhere(labels[s] == label) + [a.start+.5 for a in s]
+def _voxels(labels, level, boxes):
+    "(n, 3) indices of a vertebra's voxels, at their centres, in voxels from the edge of voxel 0; `boxes` of this label map"
+    lo,hi = boxes[level].reshape(3, 2).T
+    return np.argwhere(labels[tuple(map(slice, lo, hi))] == level+1) + lo + .5 if lo[0] >= 0 else np.zeros((0,3))
 
 # %% ../nbs/12_cropping.ipynb #dd3b493a
 # of a crop: corner (3,) mm from the outer corner of the scan's first voxel, step (3,) mm per pixel, n (3,) pixels; and
@@ -86,11 +86,11 @@ def _frames(boxes, spacing, preset, labels=None):
     spacing,out = np.asarray(spacing, float),[None]*7
     present = _present(boxes)
     if preset.tilt and labels is None: raise CspineError('crops of this preset turn with the vertebra: a label map is needed to see how it is tilted')
-    down = vertebra_axes(labels, spacing) if preset.tilt else None
+    down,own = (vertebra_axes(labels, spacing),boxes_from_labels(labels)) if preset.tilt else (None,None)
     for level in np.flatnonzero(present):
         lo,hi = np.asarray(boxes[level], float).reshape(3, 2).T*spacing              # mm
         axes = None
-        if preset.tilt and len(at := _voxels(labels, level+1)):
+        if preset.tilt and len(at := _voxels(labels, level, own)):
             axes = _turned(down[level])
             at,half = at*spacing @ axes.T, abs(axes) @ spacing/2                     # a voxel reaches half its own size beyond its centre
             lo,hi = at.min(0)-half, at.max(0)+half
@@ -234,9 +234,9 @@ def whole_vertebra(
 ) -> np.ndarray:                  # (7,) float, 1 where the crop holds all of the vertebra, 0 where it was not found; nan where there is none
     "The share of each true vertebra that lies in its crop"
     spacing,out = np.asarray(spacing, float),np.full(7, np.nan)
-    frames = _frames(boxes, spacing, preset, labels if found is None else found)
+    frames,true = _frames(boxes, spacing, preset, labels if found is None else found),boxes_from_labels(labels)
     for level in range(7):
-        if not len(at := _voxels(labels, level+1)): continue
+        if not len(at := _voxels(labels, level, true)): continue
         out[level] = 0
         if (f := frames[level]) is None: continue
         at = at*spacing if f.axes is None else at*spacing @ f.axes.T
