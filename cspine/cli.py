@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
-           'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_classification', 'bundle',
-           'predict', 'submit', 'score', 'presets', 'main']
+           'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_classification',
+           'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
 import hashlib,json,os,sys
@@ -97,15 +97,35 @@ def train_segmentation(data: Data, out: Out, preset: PresetOption = 'tiny', fold
 @train_app.command('classification', epilog='Example: cspine train classification --data data --preset tiny --segmentation runs/seg --out runs/cls')
 def train_classification(
     data: Data, out: Out,
-    segmentation: Annotated[Path, Option(metavar='RUN', help='Run folder of stage 1, whose label maps cut the crops.', show_default=False)],
+    segmentation: Annotated[Path | None, Option(metavar='RUN', help='Run folder of stage 1, whose label maps cut the crops.', show_default=False)] = None,
+    crops: Annotated[Path | None, Option(metavar='CROPS', help='Crop data set of cspine crop, instead of --segmentation.', show_default=False)] = None,
     preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None,
     device: Device = None, precision: Precision = 'auto', batch: Batch = None):
     "Train stage 2: from seven crops to eight probabilities."
     from cspine.training import train_classification
     return train_classification(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs,
-                                resume=resume, weights=weights, device=device, precision=precision, batch=batch)
+                                resume=resume, weights=weights, crops=crops, device=device, precision=precision, batch=batch)
 
 def _number(fold): return fold if fold == 'all' else int(fold)
+
+# %% ../nbs/40_cli.ipynb #b1c32813
+@app.command('crop', epilog='Example: cspine crop --data data --bundle runs/seg --out crops --view crops.png')
+def crop_data_set(
+    data: Data,
+    out: Annotated[Path, Option(metavar='CROPS', help='Crop data set to write; one that is not finished, or damaged, is completed.', show_default=False)],
+    bundle: Annotated[Path | None, Option(metavar='BUNDLE|RUN', help='What labels the studies: a bundle, or a run folder of stage 1, whose folds then label the studies '
+                                          'that they have not seen; without it, the demo bundle.', show_default=False)] = None,
+    preset: Annotated[str | None, Option(metavar='NAME', help="Preset whose stage 2 says how to cut; without it, the bundle's own.", show_default=False)] = None,
+    workers: Annotated[int | None, Option(min=1, metavar='N', help='Processes; without it, one per core.', show_default=False)] = None,
+    device: Device = None,
+    view: Annotated[Path | None, Option(callback=_new_file, metavar='PNG', help='Contact sheet to write: slices of a few studies.', show_default=False)] = None,
+):
+    "Cut the vertebrae out of every study, once: what stage 2 trains on."
+    from cspine.crops import crop_data_set
+    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view)
+    print(f'crops: {crops.folder}, {len(crops)} of {crops.made["studies"]} studies, {crops.bytes/1e6:.0f} MB')
+    if view is not None: print(f'view: {view}')
+    return crops
 
 # %% ../nbs/40_cli.ipynb #f07264f6
 @app.command(epilog='Example: cspine bundle runs/seg runs/cls --out my_bundle')

@@ -12,7 +12,7 @@ from dataclasses import dataclass,field
 import numpy as np, pandas as pd, torch
 from .bundle import load_bundle
 from .classification import predict_probabilities
-from .cropping import boxes_from_labels,crop_vertebrae
+from .cropping import boxes_from_labels,crop_masks,crop_planes,crop_vertebrae
 from .dicom import read_series
 from .presets import CspineError,LEVELS,TARGETS
 from .segmentation import find_device,has_cervical_spine,predict_labels
@@ -76,8 +76,9 @@ class Pipeline:
             with _timed(sec, 'crops'):
                 boxes = boxes_from_labels(labels)
                 crops,present = crop_vertebrae(volume, boxes, cls, labels)
+                planes = crop_planes(crops, crop_masks(labels, volume.spacing, boxes, cls) if cls.mask_channel else None, cls)
             with _timed(sec, 'probabilities'):
-                p = predict_probabilities(b.classification, cls, crops, present, device=self.device, prior=b.prior)
+                p = predict_probabilities(b.classification, cls, planes, present, device=self.device, prior=b.prior)
                 p = np.where([*present,True], p*b.odds/(1-p+p*b.odds), p)   # at the competition's prevalence
                 p,said = _checked(p, present, b.prior)
             notes += said

@@ -94,8 +94,10 @@ class ClassificationPreset:
     size:int                # side of the crop, px
     margin_mm:float         # mm added around the box
     window:tuple            # (width, level) in HU of the crop
+    tilt:bool               # the crop's axes turn with the vertebra's own; else they are the scan's
     isolate:bool            # paint the other vertebrae over with soft tissue: a joint is no fracture, a neighbour's is not its own
     group:int               # slices that the encoder sees at once, as its channels; `slices`: all, as the paper
+    mask_channel:bool       # each group of slices has the vertebra's mask as one more channel
     slice_loss:float        # weight of the loss per group of slices, taught by train_bounding_boxes.csv; 0: none
     classes:int             # channels of the map: C1-C7
     hidden:int              # units of the LSTM, per direction
@@ -109,6 +111,11 @@ class ClassificationPreset:
     lr:float
     weight_decay:float
     ema:float               # decay of the moving average of the weights; 0: none
+
+    @property
+    def planes(self) -> int:
+        "Planes of a vertebra as the network sees it: its slices, and the mask of each group of them"
+        return self.slices + self.mask_channel*(self.slices//self.group)
 
 @dataclass(frozen=True)
 class Preset:
@@ -189,16 +196,16 @@ PRESETS = dict(
             low_spacing=None, low_patch=None, low_widths=None, low_epochs=0, low_steps=0, loss='bce_jaccard', augment='paper',
             epochs=20, steps=None, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.),
         ClassificationPreset(encoder='resnet101', pretrained=True, decoder_channels=(256,128,64,32,16), slices=30,
-            size=256, margin_mm=0., window=(1800,400), isolate=False, group=30, slice_loss=0., classes=7, hidden=256, layers=2, patient='noisy_or',
-            mask_loss=1., dropout=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.)),
+            size=256, margin_mm=0., window=(1800,400), tilt=False, isolate=False, group=30, mask_channel=False, slice_loss=0.,
+            classes=7, hidden=256, layers=2, patient='noisy_or', mask_loss=1., dropout=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.)),
     tiny=Preset('tiny',
         SegmentationPreset(model='cascade3d', encoder=None, pretrained=False, in_channels=3, classes=9,
             input='windows', size=None, spacing=1., patch=96, widths=(24,48,96),
             low_spacing=4., low_patch=48, low_widths=(16,32,64,112), low_epochs=4, low_steps=700, loss='ce_dice',
             augment='neck3d', epochs=3, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
-            size=128, margin_mm=4., window=(1800,400), isolate=True, group=3, slice_loss=1., classes=7, hidden=128, layers=2, patient='head',
-            mask_loss=0., dropout=0.2, augment='light', epochs=8, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99)),
+            size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, mask_channel=False, slice_loss=1.,
+            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, augment='light', epochs=8, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99)),
 )
 
 def get_preset(

@@ -15,7 +15,7 @@ import pytest
 from cspine import __version__, cli
 from cspine.presets import TARGETS
 
-COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train classification', 'bundle', 'predict', 'submit', 'score', 'presets')
+COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train classification', 'crop', 'bundle', 'predict', 'submit', 'score', 'presets')
 
 
 class Done:
@@ -72,7 +72,8 @@ def test_spelling_of_the_options():
     """Scripts outside this repository call these."""
     wanted = {'phantom': '--train --test --size --seed', 'inspect': '--png', 'bundle': '--out', 'predict': '--bundle',
               'train segmentation': '--data --preset --out --fold --epochs --resume --weights',
-              'train classification': '--data --preset --segmentation --out --fold --epochs --resume --weights',
+              'train classification': '--data --preset --segmentation --crops --out --fold --epochs --resume --weights',
+              'crop': '--data --bundle --out --preset --workers --device --view',
               'submit': '--data --bundle --out', 'score': '--truth --submission', 'presets': ''}
     assert set(wanted) == set(COMMANDS)
     for command, options in wanted.items():
@@ -111,7 +112,8 @@ def test_wrong_usage_is_2(line, tmp_path, monkeypatch):
 @pytest.mark.parametrize('line', ['inspect nowhere', 'predict nowhere --bundle nowhere', 'submit --data nowhere --bundle nowhere',
                                   'score --truth nowhere --submission nowhere', 'bundle nowhere --out b',
                                   'train segmentation --data nowhere --out r', 'train segmentation --data nowhere --preset huge --out r',
-                                  'train classification --data nowhere --segmentation nowhere --out r'])
+                                  'train classification --data nowhere --segmentation nowhere --out r', 'train classification --data nowhere --crops nowhere --out r',
+                                  'crop --data nowhere --out r'])
 def test_anything_else_is_1_and_one_sentence(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = fails(1, *line.split())
@@ -144,11 +146,11 @@ def test_train_passes_on_what_was_asked(monkeypatch):
     d, r = Path('d'), Path('r')
     left = dict(device=None, precision='auto', batch=None)
     assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth', device='cpu', precision='fp32', batch=4),
-                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, **left),
+                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, crops=None, **left),
                     dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None, **left)]
 
 
-@pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'),
+@pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'), ('crops', 'crop_data_set'),
                                           ('training', 'train_classification'), ('bundle', 'bundle'), ('inference', 'predict'),
                                           ('rsna', 'score'), ('presets', 'presets')])
 def test_the_library_has_the_same_names(module, name):
