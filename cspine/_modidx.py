@@ -216,7 +216,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'cspine.detection._augment': ('detection.html#_augment', 'cspine/detection.py'),
                                   'cspine.detection._best': ('detection.html#_best', 'cspine/detection.py'),
                                   'cspine.detection._best_run': ('detection.html#_best_run', 'cspine/detection.py'),
-                                  'cspine.detection._cv2_threads': ('detection.html#_cv2_threads', 'cspine/detection.py'),
                                   'cspine.detection._float': ('detection.html#_float', 'cspine/detection.py'),
                                   'cspine.detection._square': ('detection.html#_square', 'cspine/detection.py'),
                                   'cspine.detection._ultralytics': ('detection.html#_ultralytics', 'cspine/detection.py'),

@@ -29,8 +29,8 @@ def _ultralytics():
     env,save = dict(os.environ),torch.save
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings(), np.printoptions():
         if not loaded: os.environ.update(YOLO_OFFLINE='true', YOLO_AUTOINSTALL='false', YOLO_VERBOSE='false', YOLO_CONFIG_DIR=d)
+        threads = sys.modules['cv2'].getNumThreads() if 'cv2' in sys.modules else -1   # OpenCV's own default
         try:
-            threads = _cv2_threads()
             from ultralytics.nn.tasks import DetectionModel
             from ultralytics.utils import DEFAULT_CFG,ROOT,YAML
             from ultralytics.utils.loss import v8DetectionLoss
@@ -41,12 +41,8 @@ def _ultralytics():
                 os.environ.clear(); os.environ.update(env)
                 torch.save = save
                 torch.set_printoptions(profile='default')
-        if not loaded: _cv2_threads(threads)
+        if not loaded: sys.modules['cv2'].setNumThreads(threads)
     return SimpleNamespace(DetectionModel=DetectionModel, DEFAULT_CFG=DEFAULT_CFG, ROOT=ROOT, YAML=YAML, Loss=v8DetectionLoss)
-
-def _cv2_threads(n=None):
-    import cv2
-    return cv2.getNumThreads() if n is None else cv2.setNumThreads(n)
 
 def build_detection(
     preset:DetectionPreset,  # its `model` decides

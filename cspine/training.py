@@ -394,7 +394,7 @@ def train_classification(
     if seg_run['kind'] != 'segmentation': raise CspineError(f'{segmentation} is a run of {seg_run["kind"]}; stage 2 needs one of segmentation')
     if epochs: preset = replace(preset, classification=replace(preset.classification, epochs=int(epochs)))
     # the crops are that run's, and so are the folds
-    preset = replace(preset, **{f:getattr(seg_run['preset'], f) for f in ('segmentation','folds','seed')})
+    preset = replace(preset, boxes='mask', **{f:getattr(seg_run['preset'], f) for f in ('segmentation','folds','seed')})
     cls = preset.classification
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)
