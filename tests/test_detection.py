@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cspine import bundle as bundles
 from cspine.bundle import bundle, load_bundle, random_bundle, small_preset
 from cspine.detection import DetectionFigures, boxes_from_slices, build_detection, mask_note, predict_boxes
 from cspine.inference import Pipeline
@@ -19,7 +18,7 @@ from cspine.phantom import make_study, phantom
 from cspine.presets import CspineError
 from cspine.rsna import folds, read_folds, read_train, write_folds
 from cspine.training import read_run, train_detection
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_bundle import edit, make_run
 
 SMALL = small_preset()
@@ -132,7 +131,7 @@ def test_studies_without_a_mask_have_stage_1s_label_map(data, seg, tmp_path, cap
 
 def test_it_learns(data):
     "From nothing to most vertebrae on slices that it was shown, unaugmented"
-    from cspine.detection import DetectionLoss, _best, detection_slices, slice_boxes
+    from cspine.detection import DetectionLoss, detection_slices, slice_boxes
     from cspine.windowing import three_windows
     study = make_study(4, size=64)
     slices = detection_slices(study.volume, study.labels, SMALL.detection)
