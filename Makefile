@@ -65,7 +65,7 @@ $(VENV)/base.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
 $(VENV)/test.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
 	@rm -rf build/lib build/bdist.*
 	@echo 'installing the project, and what its tests need, into $(VENV)'
-	$(BIN)/python -m pip install '.[train,pretrained,dev]'
+	$(BIN)/python -m pip install '.[train,pretrained,yolo,dev]'
 	@touch $@ $(VENV)/base.stamp $(VENV)/code.stamp
 
 $(VENV)/bench.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
-           'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_classification',
-           'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'presets', 'main']
+           'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_detection',
+           'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
 import hashlib,json,os,sys
@@ -93,6 +93,17 @@ def train_segmentation(data: Data, out: Out, preset: PresetOption = 'tiny', fold
     from cspine.training import train_segmentation
     return train_segmentation(data, preset=preset, out=out, fold=_number(fold), epochs=epochs, resume=resume, weights=weights,
                               device=device, precision=precision, batch=batch)
+
+@train_app.command('detection', epilog='Example: cspine train detection --data data --preset tiny --segmentation runs/seg --out runs/det')
+def train_detection(
+    data: Data, out: Out,
+    segmentation: Annotated[Path, Option(metavar='RUN', help='Run folder of stage 1: its folds, and its label maps to compare with.', show_default=False)],
+    preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False,
+    predicted: Annotated[int | None, Option(min=0, metavar='N', help="Studies without a mask to learn from too, on stage 1's label maps; without it, the preset's number.",
+                                            show_default=False)] = None):
+    "Train YOLOv5 (ultralytics, AGPL-3.0): from slices to boxes."
+    from cspine.training import train_detection
+    return train_detection(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs, resume=resume, predicted=predicted)
 
 @train_app.command('classification', epilog='Example: cspine train classification --data data --preset tiny --segmentation runs/seg --out runs/cls')
 def train_classification(

@@ -13,6 +13,7 @@ import numpy as np, pandas as pd, torch
 from .bundle import load_bundle
 from .classification import predict_probabilities
 from .cropping import boxes_from_labels,crop_masks,crop_planes,crop_vertebrae
+from .detection import mask_note,predict_boxes
 from .dicom import read_series
 from .presets import CspineError,LEVELS,TARGETS
 from .segmentation import find_device,has_cervical_spine,predict_labels
@@ -55,7 +56,7 @@ class Pipeline:
     ):
         self.device = find_device(device)
         self.bundle = load_bundle(bundle)
-        for m in self.bundle.segmentation+self.bundle.classification: m.to(self.device)
+        for m in self.bundle.segmentation+self.bundle.classification+self.bundle.detection: m.to(self.device)
 
     def predict(self,
         volume,        # Volume
@@ -73,8 +74,11 @@ class Pipeline:
         crops = np.zeros((7, cls.slices, cls.size, cls.size), np.uint8)
         p,notes = b.prior.to_numpy(float), list(volume.notes)
         if cervical:
+            if b.detection:
+                with _timed(sec, 'boxes'): boxes,source = predict_boxes(b.detection, b.preset.detection, volume, self.device, labels)
+                notes += mask_note(source)
+            else: boxes = boxes_from_labels(labels)
             with _timed(sec, 'crops'):
-                boxes = boxes_from_labels(labels)
                 crops,present = crop_vertebrae(volume, boxes, cls, labels)
                 planes = crop_planes(crops, crop_masks(labels, volume.spacing, boxes, cls) if cls.mask_channel else None, cls)
             with _timed(sec, 'probabilities'):

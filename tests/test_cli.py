@@ -15,7 +15,7 @@ import pytest
 from cspine import __version__, cli
 from cspine.presets import TARGETS
 
-COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train classification', 'crop', 'bundle', 'predict', 'submit', 'score', 'presets')
+COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train detection', 'train classification', 'crop', 'bundle', 'predict', 'submit', 'score', 'presets')
 
 
 class Done:
@@ -72,6 +72,7 @@ def test_spelling_of_the_options():
     """Scripts outside this repository call these."""
     wanted = {'phantom': '--train --test --size --seed', 'inspect': '--png', 'bundle': '--out', 'predict': '--bundle',
               'train segmentation': '--data --preset --out --fold --epochs --resume --weights',
+              'train detection': '--data --preset --segmentation --out --fold --epochs --resume --predicted',
               'train classification': '--data --preset --segmentation --crops --out --fold --epochs --resume --weights',
               'crop': '--data --bundle --out --preset --workers --device --view',
               'submit': '--data --bundle --out', 'score': '--truth --submission', 'presets': ''}
