@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
            'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_detection',
-           'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'presets', 'main']
+           'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'evaluate', 'rivals',
+           'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
 import hashlib,json,os,sys
@@ -88,11 +89,13 @@ def inspect(
 # %% ../nbs/40_cli.ipynb #d113471a
 @train_app.command('segmentation', epilog='Example: cspine train segmentation --data data --preset tiny --out runs/seg')
 def train_segmentation(data: Data, out: Out, preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None,
-                       resume: Resume = False, weights: Weights = None, device: Device = None, precision: Precision = 'auto', batch: Batch = None):
+                       resume: Resume = False, weights: Weights = None, device: Device = None, precision: Precision = 'auto', batch: Batch = None,
+                       model: Annotated[str | None, Option(metavar='NAME', help="Another model than the preset's; cspine rivals shows them.", show_default=False)] = None,
+                       input: Annotated[str | None, Option(metavar='windows|2.5d', help='What a model that reads slices gets: three windows, or the slice and its neighbours.', show_default=False)] = None):
     "Train stage 1: from slices to a label map."
     from cspine.training import train_segmentation
     return train_segmentation(data, preset=preset, out=out, fold=_number(fold), epochs=epochs, resume=resume, weights=weights,
-                              device=device, precision=precision, batch=batch)
+                              device=device, precision=precision, batch=batch, model=model, input=input)
 
 @train_app.command('detection', epilog='Example: cspine train detection --data data --preset tiny --segmentation runs/seg --out runs/det')
 def train_detection(
@@ -247,6 +250,29 @@ def score(
     print(s['table'].to_string(float_format='{:.4f}'.format, na_rep='-'))
     print(f"score          {s['score']:.4f}\nbest constant  {s['best_constant']:.4f}\n0.5 everywhere {s['half']:.4f}")
     return s
+
+@app.command(epilog='Example: cspine evaluate runs/seg --data data')
+def evaluate(
+    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Runs of segmentation, or bundles.', show_default=False)],
+    data: Annotated[Path, Option(metavar='DIR', help='Folder with masks: test_segmentations/, else what each fold has not seen of segmentations/.', show_default=False)],
+    out: Annotated[Path | None, Option(callback=_new_file, metavar='CSV', help='Table of all studies to write.', show_default=False)] = None,
+    views: Annotated[bool, Option(help='Besides whole studies, scans that begin or end in the middle of them.')] = True,
+    surfaces: Annotated[bool, Option('--surfaces', help='Distances of the surfaces, in mm; needs cspine[3d].')] = False,
+    device: Device = None,
+):
+    "Score label maps: Dice, wrong levels, whole crops, before and after the order of the spine."
+    from cspine.evaluation import evaluate
+    table = evaluate(runs, data, out=out, views=views, surfaces=surfaces, device=device)
+    print(table.T.to_string(header=False, float_format='{:.4f}'.format, na_rep='-'))
+    return table
+
+@app.command(epilog='Example: cspine rivals')
+def rivals():
+    "Show the models that the paper compares with, as --model takes them."
+    from cspine.rivals import rivals
+    table = rivals()
+    print(table.to_string())
+    return table
 
 @app.command(epilog='Example: cspine presets')
 def presets():

@@ -8,7 +8,8 @@ __all__ = ['MOST_VOXELS', 'NEAR_MM', 'SPINE', 'SPINE_MM', 'SPECK_MM3', 'FRAGMENT
            'UNet3d', 'Refiner', 'Cascade', 'VisibleLevels', 'build_segmentation', 'CrossEntropyDice', 'BCEJaccard',
            'segmentation_loss', 'dice_per_class', 'segmentation_metrics', 'cache_study', 'cache_studies', 'low_preset',
            'CubeDataset', 'FineDataset', 'SliceDataset', 'SegmentationFigures', 'VisibleFigures', 'find_device',
-           'fast_dtype', 'fast', 'predict_scores', 'predict_labels', 'clean_labels', 'has_cervical_spine']
+           'fast_dtype', 'fast', 'predict_scores', 'predict_visible', 'predict_labels', 'clean_labels',
+           'has_cervical_spine']
 
 # %% ../nbs/10_segmentation.ipynb #b0b88ab6
 from contextlib import nullcontext
@@ -683,9 +684,9 @@ def _fine(models, preset, volume, share, device, flips):
     with fast(device): p = _in_pieces([m.fine for m in models], hu, coarse, flips)
     yield from on_own_grid(p, volume.hu.shape, tuple(lo), whole)
 
-def _slices(hu, preset, device):
-    "A generator of (first slice, (B, 3, size, size) input), made on the device"
-    z,batch = 0,1
+def _slices(hu, preset, device, batch=1):
+    "A generator of (first slice, (B, 3, size, size) input), made on the device; what it is sent is the next B"
+    z = 0
     while z < len(hu):
         near = slice(z-1, z+batch+1) if preset.input == '2.5d' else slice(z, z+batch)
         x = torch.from_numpy(hu[np.clip(np.arange(near.start, near.stop), 0, len(hu)-1)] if preset.input == '2.5d' else hu[near]).to(device).float()[:,None]
@@ -731,6 +732,18 @@ def predict_scores(
     if preset.model == 'cascade3d': return bone_scores(_fine(models, preset, volume, share, device, flips))
     return bone_scores(on_own_grid(share, volume.hu.shape))
 
+@torch.inference_mode()
+def predict_visible(
+    models:list,                # of a `visible2d`, one per fold
+    preset:SegmentationPreset,  # the one that they were trained with
+    volume,                     # Volume
+    device:str='cpu',           # torch device, e.g. 'cuda'
+) -> np.ndarray:                # (z, 8) probabilities that a slice shows C1..C7, T
+    "The folds' mean for each slice"
+    device = torch.device(device)
+    models = [channels_last(m.to(device).eval()) for m in models]
+    with fast(device): return torch.cat([sum(m(x).float().sigmoid() for m in models).cpu()/len(models) for _,x in _slices(volume.hu, preset, device, 4)]).numpy()
+
 def predict_labels(
     models:list,                # networks of `build_segmentation`, one per fold
     preset:SegmentationPreset,  # the one that they were trained with
@@ -749,7 +762,7 @@ def clean_labels(
     labels:np.ndarray,   # (z, y, x) uint8 label map
     spacing:tuple,       # (dz, dy, dx) mm
 ) -> np.ndarray:         # the same shape
-    "The largest piece of each of C1-C7 with the fragments beside it, and the pieces of T that are no specks"
+    "The largest piece of each of C1-C7 with the fragments beside it and what the scan's end cuts off from it, and the pieces of T that are no specks"
     out = np.zeros_like(labels)
     for c,sl in enumerate(ndimage.find_objects(labels, max_label=len(CLASSES)-1), 1):
         if sl is None: continue
@@ -760,6 +773,9 @@ def clean_labels(
         if c < len(CLASSES)-1 and keep.sum() > 1:
             near = ndimage.distance_transform_edt(pieces != size.argmax(), sampling=spacing) <= FRAGMENT_MM
             keep &= np.bincount(pieces[near], minlength=n+1) > 0
+            for z,end in ((0, sl[0].start == 0), (-1, sl[0].stop == len(labels))):    # what joins them may lie beyond the scan's end
+                there = np.bincount(pieces[z].ravel(), minlength=n+1) > 0
+                if end and there[size.argmax()]: keep |= there & (size >= SPECK_MM3)
         out[sl][keep[pieces]] = c
     return out
 

@@ -151,6 +151,14 @@ def test_a_broken_off_piece_stays_with_its_vertebra():
     far[labels != far] = 0; far[36:] = 0
     assert np.array_equal(seg.clean_labels(labels, (1.,1.,1.)), far)
 
+def test_what_the_end_of_the_scan_parts_stays():
+    "Body and spinous process of C4, whose arch lies above the first slice"
+    labels = np.zeros((20,60,30), np.uint8)
+    labels[:12,5:20,5:25] = labels[:8,45:58,12:18] = 4
+    assert np.array_equal(seg.clean_labels(labels, (1.,1.,1.)), labels)
+    inside = np.pad(labels, ((4,0),(0,0),(0,0)))                     # the same, with four slices above: two things, and one is no C4
+    assert (seg.clean_labels(inside, (1.,1.,1.))[:,45:] == 0).all()
+
 @pytest.mark.parametrize('levels,neck', [((1,2,3,4,5,6,7), True), ((4,5,6), True), ((3,5,7), False), ((1,4,7), False), ((2,3), False)])
 def test_a_neck_is_a_row_of_neighbouring_levels(levels, neck):
     "A real abdomen gave C3, C5 and C7 in order, 2 levels apart: no neck skips every other vertebra"
