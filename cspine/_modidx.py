@@ -578,6 +578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cspine.segmentation._has_bf16': ('segmentation.html#_has_bf16', 'cspine/segmentation.py'),
                                      'cspine.segmentation._in_pieces': ('segmentation.html#_in_pieces', 'cspine/segmentation.py'),
                                      'cspine.segmentation._is_cached': ('segmentation.html#_is_cached', 'cspine/segmentation.py'),
+                                     'cspine.segmentation._on_coarse_grid': ('segmentation.html#_on_coarse_grid', 'cspine/segmentation.py'),
                                      'cspine.segmentation._one_slice': ('segmentation.html#_one_slice', 'cspine/segmentation.py'),
                                      'cspine.segmentation._pad': ('segmentation.html#_pad', 'cspine/segmentation.py'),
                                      'cspine.segmentation._resample': ('segmentation.html#_resample', 'cspine/segmentation.py'),

@@ -185,7 +185,7 @@ def end_scan(
         share[(slice(None),)+sl] = 0
         share[(0,)+sl] = 1
     n = len(hu)
-    if rng.random() < 0.25:
+    if rng.random() < 0.5:
         k = int(n*rng.uniform(0.05, 0.65))
         off((slice(0, k),) if rng.random() < 0.5 else (slice(n-k, n),))
     if rng.random() < 0.15:

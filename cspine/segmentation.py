@@ -472,6 +472,7 @@ class CubeDataset(torch.utils.data.Dataset):
         # the head is, and levels are then learnt many times slower
         half = np.minimum(n/2, np.array(hu.shape)/2)
         at = rng.uniform(half, hu.shape-half)
+        at[0] += rng.uniform(-n/4, n/4)          # where a cube begins says nothing: a scan may begin at any level
         if share.any(): at[1:] = box[1:].mean(1)+rng.normal(0, n/16, 2)
         x,y = cut_cube(hu, share, box, n, rng, at, bend=rng.random() < 0.8)
         x = bend_hu(x, rng)
@@ -505,7 +506,7 @@ class FineDataset(torch.utils.data.Dataset):
         for p in progress(paths, 'the first network reads the studies'):
             with np.load(p) as f:
                 if not f['bone'].any(): continue
-                with torch.inference_mode(), fast(device): coarse = _in_pieces([low], torch.from_numpy(f['hu']).float().to(device)).half().cpu()
+                with torch.inference_mode(), fast(device): coarse = _on_coarse_grid([low], torch.from_numpy(f['hu']).float().to(device), False, preset.low_patch).half().cpu()
                 self.items.append((*(torch.from_numpy(f[k]) for k in ('near','bone','level')), coarse.clone(), f['corner'],
                                    f['fine_shape']/np.array(coarse.shape[1:])))
 
@@ -633,6 +634,12 @@ def _pad(x, multiple, value):
     pad = [p for n in reversed(x.shape[-3:]) for p in (0, -n % multiple)]
     return F.pad(x, pad, value=value)
 
+def _on_coarse_grid(models, hu, flips, cube):
+    "(9, z, y, x) shares; as in training, a scan that is smaller than a cube has air around it"
+    short = [max(cube-n, 0) for n in hu.shape]
+    x = F.pad(hu, [p for s in reversed(short) for p in (s//2, s-s//2)], value=AIR)
+    return _in_pieces(models, x, None, flips)[(slice(None),)+tuple(slice(s//2, s//2+n) for s,n in zip(short, hu.shape))]
+
 def _in_pieces(models, hu, coarse=None, flips=False, window=160, overlap=32):
     "(9, z, y, x) mean of the models' softmax; a long scan goes through in pieces along z"
     shape = hu.shape
@@ -728,7 +735,7 @@ def predict_scores(
     if preset.model == 'unet2d': return bone_scores(_by_slice(models, preset, volume, device, flips))
     grid = preset.low_spacing or preset.spacing
     hu = to_grid(volume.hu, volume.spacing, grid, device)   # not in `fast`: HU do not fit into bfloat16
-    with fast(device): share = _in_pieces([m.low if preset.model == 'cascade3d' else m for m in models], hu, None, flips)
+    with fast(device): share = _on_coarse_grid([m.low if preset.model == 'cascade3d' else m for m in models], hu, flips, preset.low_patch or preset.patch)
     if preset.model == 'cascade3d': return bone_scores(_fine(models, preset, volume, share, device, flips))
     return bone_scores(on_own_grid(share, volume.hu.shape))
 
