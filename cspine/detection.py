@@ -238,6 +238,10 @@ def boxes_from_slices(
     out,worth = np.full((7,6), -1),np.zeros(7)
     for level in range(7):
         a,b,total = _best_run(scores[:,level]-confidence)
+        on = a+np.flatnonzero(scores[a:b,level] > confidence)
+        while len(on) > 1 and on[1]-on[0] > 1: on = on[1:]     # a lone slice at an end, across a gap
+        while len(on) > 1 and on[-1]-on[-2] > 1: on = on[:-1]
+        if len(on): a,b = on[0],on[-1]+1
         z0,z1 = a*step,shape[0] if b == len(scores) else b*step
         if total <= 0 or ((z1-z0)*dz < SHORTEST_MM and z0 > 0 and z1 < shape[0]): continue
         own = boxes[a:b,level][scores[a:b,level] > confidence]
