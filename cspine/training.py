@@ -447,6 +447,7 @@ def train_segmentation(
         preset = replace(preset, segmentation=replace(seg, epochs=int(epochs), low_epochs=min(int(epochs), seg.low_epochs)))
     if batch: preset = replace(preset, segmentation=replace(preset.segmentation, batch=int(batch)))
     seg = preset.segmentation
+    if seg.model == 'first_cascade': raise CspineError('the demo bundle\'s network is trained no more; train preset tiny, whose cascade took its place')
     if weights and not seg.by_slice: raise CspineError(f'preset {preset.name} has a 3D network in stage 1, which no encoder weights fit; leave out --weights')
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)
