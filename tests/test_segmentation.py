@@ -66,7 +66,7 @@ def test_unet3d_learns_and_predicts_on_the_fine_grid(monkeypatch):
     labels = np.zeros((48,48,48), np.uint8)
     labels[8:22,16:36,12:34],labels[28:42,16:36,12:34] = 1,2
     hu = np.choose(labels, (40,900,300)).astype(np.int16)+np.random.default_rng(0).normal(0, 20, labels.shape).astype(np.int16)
-    preset = replace(COARSE, widths=(8,16,32), lr=1e-2)
+    preset = replace(COARSE, widths=(8,16,32), patch=24, lr=1e-2)
     x = seg.network_input(seg.to_grid(hu, (1,1,1), 2.))[None]
     share,box = seg.soft_targets(labels, (1,1,1), 2.)
     y = torch.zeros(1, 9, 24, 24, 24)
