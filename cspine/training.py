@@ -205,7 +205,7 @@ def _callback(fold, model, epochs, ema_decay, clip, figures, device, dtype, stat
             row = dict(epoch=self.epoch+1, lr=self.opt.hypers[-1]['lr'],
                        train_loss=np.mean(self.losses['train']), valid_loss=np.mean(self.losses['valid'] or [np.nan]),
                        **(figures.figures() if figures else {}), seconds=self.spent()['seconds'],
-                       waiting=self.trained['waited']/max(self.trained['training'], 1e-9), precision=_precision[dtype])
+                       waiting=self.trained['waited']/max(self.trained['training'], 1e-9), dtype=_precision[dtype])
             self.rows.append({k:float(f'{v:.6g}') if isinstance(v, (float,np.floating)) else v for k,v in row.items()})
             self.keep(f'epoch_{self.epoch+1:03d}.pt', self.epoch+1)
             if row['seconds'] >= 2:

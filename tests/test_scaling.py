@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cspine.crops as crops
 import cspine.training as training
 from cspine import cli
 from cspine.phantom import phantom
@@ -21,7 +22,7 @@ from cspine.segmentation import find_device
 TINY = get_preset('tiny')
 # both stages small, and without what depends on the number of processes: dropout, and batch norm on a CPU
 SMALL = replace(TINY, name='small', folds=2,
-                segmentation=replace(TINY.segmentation, widths=(4, 8, 8), low_widths=(4, 8), low_epochs=2, low_steps=4, patch=24, spacing=4.,
+                segmentation=replace(TINY.segmentation, widths=(4, 8), low_widths=(4, 8), low_epochs=2, low_steps=4, low_patch=24, low_spacing=8., patch=24, spacing=4.,
                                      steps=5, epochs=2, ema=.9),
                 classification=replace(TINY.classification, encoder='tu-test_convnext', pretrained=False, group=15, size=32, hidden=16, epochs=2,
                                        batch=2, dropout=0., margin_mm=2.))
@@ -50,7 +51,7 @@ def shell(line):
 
 def stage_2(out):
     "As `cspine train classification` would"
-    training.predict_labels = true_labels
+    crops.predict_labels = true_labels
     return training.train_classification('data', SMALL, 'seg', out, workers=1, device='cpu')
 
 
@@ -58,7 +59,7 @@ def stage_2(out):
 def place(tmp_path_factory):
     "A folder with data, a run `one` of one process, the same cut off within an epoch, and what two processes make of all that"
     here, before = tmp_path_factory.mktemp('scaling'), os.getcwd()
-    labels, save, every = training.predict_labels, training._save, training.EVERY
+    labels, save, every = crops.predict_labels, training._save, training.EVERY
     phantom(here/'data', train=5, test=0, size=64, seed=9100)
     os.chdir(here)
     try:
@@ -86,7 +87,7 @@ def place(tmp_path_factory):
         assert not done.returncode, done.stderr
     finally:
         os.chdir(before)
-        training.predict_labels, training._save, training.EVERY = labels, save, every
+        crops.predict_labels, training._save, training.EVERY = labels, save, every
     return here, done.stderr
 
 
@@ -140,8 +141,8 @@ def test_a_run_cut_off_within_an_epoch_ends_the_same(place, monkeypatch):
 
 def test_the_log_says_what_a_step_waited_for_and_how_it_computed(place):
     log = pd.read_csv(place[0]/'one'/'fold0'/'log.csv')
-    assert log.waiting.between(0, 1).all() and log.waiting.gt(0).all() and set(log.precision) == {'fp32'}
-    assert training.read_run(place[0]/'one')['figures']['fold0']['last']['precision'] == 'fp32'
+    assert log.waiting.between(0, 1).all() and log.waiting.gt(0).all() and set(log['dtype']) == {'fp32'}
+    assert training.read_run(place[0]/'one')['figures']['fold0']['last']['dtype'] == 'fp32'
 
 
 class Slow(torch.utils.data.Dataset):
@@ -197,7 +198,7 @@ def test_bf16_is_what_computes(tmp_path, monkeypatch):
     monkeypatch.setattr(training, 'fast_dtype', lambda device: torch.bfloat16)
     for precision, dtype in (('auto', torch.bfloat16), ('bf16', torch.bfloat16), ('fp32', torch.float32)):
         log = training.fit(torch.nn.Linear(1, 1), loss, Slow(0), Slow(0), tmp_path, 1, device='cpu', precision=precision)
-        assert set(seen) == {dtype} and set(log.precision) == {'fp32' if dtype == torch.float32 else 'bf16'}
+        assert set(seen) == {dtype} and set(log['dtype']) == {'fp32' if dtype == torch.float32 else 'bf16'}
         seen.clear()
 
 
