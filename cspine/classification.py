@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .presets import LEVELS, TARGETS, ClassificationPreset, CspineError
+from .cropping import crop_planes, group_masks
 from .encoders import input_stats
 from .rsna import PRIOR
 
@@ -39,14 +40,15 @@ class CrackNetBiLSTM(nn.Module):
         import segmentation_models_pytorch as smp
         self.preset,depth = preset,5
         if preset.slices % preset.group: raise CspineError(f'group should divide the {preset.slices} slices, got {preset.group}')
+        channels = preset.group + preset.mask_channel   # a group's slices and, with a mask channel, its mask
         if preset.decoder_channels:
             if len(preset.decoder_channels) != depth:
                 raise CspineError(f'decoder_channels should hold {depth} numbers or none, got {preset.decoder_channels}')
-            net = smp.Unet(preset.encoder, encoder_depth=depth, encoder_weights=None, in_channels=preset.group,
+            net = smp.Unet(preset.encoder, encoder_depth=depth, encoder_weights=None, in_channels=channels,
                            classes=preset.classes, decoder_channels=preset.decoder_channels)
             self.encoder,self.decoder,self.map = net.encoder,net.decoder,net.segmentation_head
         else:
-            self.encoder = smp.encoders.get_encoder(preset.encoder, weights=None, in_channels=preset.group, depth=depth)
+            self.encoder = smp.encoders.get_encoder(preset.encoder, weights=None, in_channels=channels, depth=depth)
             self.decoder = None
         n = 2*self.encoder.out_channels[-1] + 2*(preset.decoder_channels or self.encoder.out_channels[:-1])[-1]
         self.norm,self.drop = nn.LayerNorm(n),nn.Dropout(preset.dropout)   # the two sources on one scale
@@ -67,7 +69,7 @@ class CrackNetBiLSTM(nn.Module):
             nn.init.zeros_(self.patient.weight); nn.init.zeros_(self.patient.bias)
 
     def features(self,
-        x:torch.Tensor,      # (N, group, S, S) float, 0 to 255
+        x:torch.Tensor,      # (N, channels, S, S) float, 0 to 255: a group's slices, then its mask if the preset has a mask channel
         level:torch.Tensor,  # (N,) 0-6, which vertebra each is of
     ):                       # (N, n) features, (N, S, S) logits of the own channel of the map or None
         "What is read of each group of slices"
@@ -82,7 +84,7 @@ class CrackNetBiLSTM(nn.Module):
         return torch.cat(out, 1).float(), own.float()
 
     def forward(self,
-        crops:torch.Tensor,    # (B, 7, slices, S, S), uint8 or float, 0 to 255
+        crops:torch.Tensor,    # (B, 7, preset.planes, S, S), uint8 or float, 0 to 255, of `crop_planes`
         present:torch.Tensor,  # (B, 7) bool
     ):                         # logits (B, 8) in the order of `TARGETS`; own map (B, 7, S, S) logits, or None without a decoder;
                                # logits (B, 7, groups) of the groups of slices, or None where there is one group
@@ -90,7 +92,7 @@ class CrackNetBiLSTM(nn.Module):
         b,_,_,h,w = crops.shape
         level = torch.arange(7, device=crops.device).expand(b, 7)[present]
         g = self.groups
-        x = crops[present].float().unflatten(1, (g, self.preset.group)).flatten(0, 1)
+        x = crops[present].float().unflatten(1, (g, -1)).flatten(0, 1)
         f,own = self.features(x, level.repeat_interleave(g))
         f,slices = self.norm(f),None
         if g > 1:
@@ -150,33 +152,39 @@ class CompetitionLoss(nn.Module):
 class CropDataset(torch.utils.data.Dataset):
     "Studies as seven crops, with their labels"
     def __init__(self,
-        paths:list,         # .npz with crops, masks, present, as `train_classification` keeps them
+        crops,              # `Crops`, or what has a `read(uid)` like it
+        uids:list,          # which of its studies
         labels:np.ndarray,  # (studies, 8) 0 or 1, in the order of `TARGETS`
         preset:ClassificationPreset,  # stage 2 of a `Preset`
         train:bool=True,    # augment
         seed:int=0,  # of the augmentation; with the epoch and the index it decides an item
     ):
-        self.paths,self.labels,self.preset,self.seed,self.epoch = list(paths),np.asarray(labels),preset,seed,0
+        self.crops,self.uids,self.labels,self.preset,self.seed,self.epoch = crops,list(uids),np.asarray(labels),preset,seed,0
         self.augment = None
         if train and preset.augment != 'none':
             from cspine.augment import classification_augment
             self.augment = classification_augment(preset)
 
-    def __len__(self): return len(self.paths)
+    def __len__(self): return len(self.uids)
 
-    def __getitem__(self, i):   # crops (7, slices, S, S) uint8, present (7,), labels (8,), present, masks (7, S, S) uint8, broken (7, slices) uint8
-        with np.load(self.paths[i]) as f: crops,masks,present,broken = (f[k] for k in ('crops','masks','present','broken'))
-        if self.augment is not None:
+    def __getitem__(self, i):   # crops (7, preset.planes, S, S) uint8, present (7,), labels (8,), present, masks (7, S, S) uint8: the mask as seen from above, broken (7, slices) uint8
+        study = self.crops.read(self.uids[i])
+        crops,present,broken = study['crops'],study['present'],study['broken']
+        groups = self.preset.slices//self.preset.group if self.preset.mask_channel else 1
+        if self.augment is None: masks = group_masks(study['masks'], groups)
+        else:
+            masks = np.zeros((7, groups, *crops.shape[2:]), np.uint8)
             rng = np.random.default_rng((self.seed, self.epoch, i))
             self.augment.set_random_seed(int(rng.integers(2**31)))
             for level in np.flatnonzero(present):
                 at = _shift_slices(self.preset.slices, rng)
                 broken[level] = broken[level,at]
-                out = self.augment(image=crops[level,at].transpose(1, 2, 0).copy(), mask=masks[level])
-                crops[level],masks[level] = out['image'].transpose(2, 0, 1),out['mask']
-        present = torch.from_numpy(present)
-        return (torch.from_numpy(crops),present,torch.tensor(self.labels[i], dtype=torch.float32),present,
-                torch.from_numpy(masks),torch.from_numpy(broken))
+                own = group_masks(study['masks'][level,at], groups)
+                out = self.augment(image=crops[level,at].transpose(1, 2, 0).copy(), mask=own.transpose(1, 2, 0).copy())
+                crops[level],masks[level] = out['image'].transpose(2, 0, 1),out['mask'].transpose(2, 0, 1)
+        present,above = torch.from_numpy(present),masks.mean(1, dtype=np.float32).round().astype(np.uint8)
+        return (torch.from_numpy(crop_planes(crops, masks, self.preset)),present,torch.tensor(self.labels[i], dtype=torch.float32),present,
+                torch.from_numpy(above),torch.from_numpy(broken))
 
 def _shift_slices(n, rng, most=2):
     "Which of `n` slices to take for a stretch that begins and ends up to `most` slices elsewhere"
@@ -247,13 +255,13 @@ def fit_scale(
 def predict_probabilities(
     models:list,                  # of `CrackNetBiLSTM`, one per fold
     preset:ClassificationPreset,  # the one that they were trained with
-    crops:np.ndarray,             # (7, slices, S, S) uint8, of `crop_vertebrae`
+    crops:np.ndarray,             # (7, preset.planes, S, S) uint8, of `crop_planes`: without a mask channel, those of `crop_vertebrae`
     present:np.ndarray,           # (7,) bool
     device='cpu',  # torch device, e.g. 'cuda'
     prior=None,                   # (8,) answers for what is absent; None: the competition's
 ) -> np.ndarray:                  # (8,) float64 in the order of `TARGETS`
     "The folds' mean probability for each target; the prior for a vertebra that is absent"
-    want = (7, preset.slices, preset.size, preset.size)
+    want = (7, preset.planes, preset.size, preset.size)
     if tuple(crops.shape) != want: raise CspineError(f'crops should be {want} for this preset, got {tuple(crops.shape)}')
     if not models: raise CspineError('there is no stage-2 model to predict with')
     present = np.asarray(present, bool)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
-           'Device', 'phantom', 'inspect', 'train_segmentation', 'train_classification', 'bundle', 'predict', 'submit',
-           'score', 'presets', 'main']
+           'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_detection',
+           'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'evaluate', 'rivals',
+           'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
 import hashlib,json,os,sys
@@ -50,10 +51,12 @@ PresetOption = Annotated[str, Option(metavar='NAME', help='Name of a preset; csp
 Out = Annotated[Path, Option(metavar='RUN', help='Run folder to write.', show_default=False)]
 Fold = Annotated[str, Option(parser=_fold, metavar='N|all', help='Validation fold, or all of them one after the other.')]
 Epochs = Annotated[int | None, Option(min=1, metavar='N', help="Instead of the preset's number.", show_default=False)]
-Resume = Annotated[bool, Option('--resume', help='Go on after the last finished epoch in --out.')]
+Resume = Annotated[bool, Option('--resume', help='Go on from the newest checkpoint in --out.')]
 Weights = Annotated[str | None, Option(metavar='PATH|timm|none', help='ImageNet weights of the encoder: a file, a folder, or timm to fetch its own. Without it, '
                                             'those of cspine[pretrained] where they fit.', show_default=False)]
 Device = Annotated[str | None, Option(metavar='NAME', help='cpu, cuda, cuda:1, ...; without it, a GPU where there is one.', show_default=False)]
+Precision = Annotated[str, Option(metavar='auto|fp32|bf16|fp16', help='Number format of mixed precision; auto: the fastest that the device has.')]
+Batch = Annotated[int | None, Option(min=1, metavar='N', help="Items per step, of all processes together, instead of the preset's number.", show_default=False)]
 
 # %% ../nbs/40_cli.ipynb #91c04c43
 @app.command(epilog='Example: cspine phantom data --train 16 --test 8 --size 256 --seed 1')
@@ -86,22 +89,57 @@ def inspect(
 # %% ../nbs/40_cli.ipynb #d113471a
 @train_app.command('segmentation', epilog='Example: cspine train segmentation --data data --preset tiny --out runs/seg')
 def train_segmentation(data: Data, out: Out, preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None,
-                       resume: Resume = False, weights: Weights = None):
+                       resume: Resume = False, weights: Weights = None, device: Device = None, precision: Precision = 'auto', batch: Batch = None,
+                       model: Annotated[str | None, Option(metavar='NAME', help="Another model than the preset's; cspine rivals shows them.", show_default=False)] = None,
+                       input: Annotated[str | None, Option(metavar='windows|2.5d', help='What a model that reads slices gets: three windows, or the slice and its neighbours.', show_default=False)] = None):
     "Train stage 1: from slices to a label map."
     from cspine.training import train_segmentation
-    return train_segmentation(data, preset=preset, out=out, fold=_number(fold), epochs=epochs, resume=resume, weights=weights)
+    return train_segmentation(data, preset=preset, out=out, fold=_number(fold), epochs=epochs, resume=resume, weights=weights,
+                              device=device, precision=precision, batch=batch, model=model, input=input)
+
+@train_app.command('detection', epilog='Example: cspine train detection --data data --preset tiny --segmentation runs/seg --out runs/det')
+def train_detection(
+    data: Data, out: Out,
+    segmentation: Annotated[Path, Option(metavar='RUN', help='Run folder of stage 1: its folds, and its label maps to compare with.', show_default=False)],
+    preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False,
+    predicted: Annotated[int | None, Option(min=0, metavar='N', help="Studies without a mask to learn from too, on stage 1's label maps; without it, the preset's number.",
+                                            show_default=False)] = None):
+    "Train YOLOv5 (ultralytics, AGPL-3.0): from slices to boxes."
+    from cspine.training import train_detection
+    return train_detection(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs, resume=resume, predicted=predicted)
 
 @train_app.command('classification', epilog='Example: cspine train classification --data data --preset tiny --segmentation runs/seg --out runs/cls')
 def train_classification(
     data: Data, out: Out,
-    segmentation: Annotated[Path, Option(metavar='RUN', help='Run folder of stage 1, whose label maps cut the crops.', show_default=False)],
-    preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None):
+    segmentation: Annotated[Path | None, Option(metavar='RUN', help='Run folder of stage 1, whose label maps cut the crops.', show_default=False)] = None,
+    crops: Annotated[Path | None, Option(metavar='CROPS', help='Crop data set of cspine crop, instead of --segmentation.', show_default=False)] = None,
+    preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None,
+    device: Device = None, precision: Precision = 'auto', batch: Batch = None):
     "Train stage 2: from seven crops to eight probabilities."
     from cspine.training import train_classification
     return train_classification(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs,
-                                resume=resume, weights=weights)
+                                resume=resume, weights=weights, crops=crops, device=device, precision=precision, batch=batch)
 
 def _number(fold): return fold if fold == 'all' else int(fold)
+
+# %% ../nbs/40_cli.ipynb #b1c32813
+@app.command('crop', epilog='Example: cspine crop --data data --bundle runs/seg --out crops --view crops.png')
+def crop_data_set(
+    data: Data,
+    out: Annotated[Path, Option(metavar='CROPS', help='Crop data set to write; one that is not finished, or damaged, is completed.', show_default=False)],
+    bundle: Annotated[Path | None, Option(metavar='BUNDLE|RUN', help='What labels the studies: a bundle, or a run folder of stage 1, whose folds then label the studies '
+                                          'that they have not seen; without it, the demo bundle.', show_default=False)] = None,
+    preset: Annotated[str | None, Option(metavar='NAME', help="Preset whose stage 2 says how to cut; without it, the bundle's own.", show_default=False)] = None,
+    workers: Annotated[int | None, Option(min=1, metavar='N', help='Processes; without it, one per core.', show_default=False)] = None,
+    device: Device = None,
+    view: Annotated[Path | None, Option(callback=_new_file, metavar='PNG', help='Contact sheet to write: slices of a few studies.', show_default=False)] = None,
+):
+    "Cut the vertebrae out of every study, once: what stage 2 trains on."
+    from cspine.crops import crop_data_set
+    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view)
+    print(f'crops: {crops.folder}, {len(crops)} of {crops.made["studies"]} studies, {crops.bytes/1e6:.0f} MB')
+    if view is not None: print(f'view: {view}')
+    return crops
 
 # %% ../nbs/40_cli.ipynb #f07264f6
 @app.command(epilog='Example: cspine bundle runs/seg runs/cls --out my_bundle')
@@ -213,6 +251,29 @@ def score(
     print(f"score          {s['score']:.4f}\nbest constant  {s['best_constant']:.4f}\n0.5 everywhere {s['half']:.4f}")
     return s
 
+@app.command(epilog='Example: cspine evaluate runs/seg --data data')
+def evaluate(
+    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Runs of segmentation, or bundles.', show_default=False)],
+    data: Annotated[Path, Option(metavar='DIR', help='Folder with masks: test_segmentations/, else what each fold has not seen of segmentations/.', show_default=False)],
+    out: Annotated[Path | None, Option(callback=_new_file, metavar='CSV', help='Table of all studies to write.', show_default=False)] = None,
+    views: Annotated[bool, Option(help='Besides whole studies, scans that begin or end in the middle of them.')] = True,
+    surfaces: Annotated[bool, Option('--surfaces', help='Distances of the surfaces, in mm; needs cspine[3d].')] = False,
+    device: Device = None,
+):
+    "Score label maps: Dice, wrong levels, whole crops, before and after the order of the spine."
+    from cspine.evaluation import evaluate
+    table = evaluate(runs, data, out=out, views=views, surfaces=surfaces, device=device)
+    print(table.T.to_string(header=False, float_format='{:.4f}'.format, na_rep='-'))
+    return table
+
+@app.command(epilog='Example: cspine rivals')
+def rivals():
+    "Show the models that the paper compares with, as --model takes them."
+    from cspine.rivals import rivals
+    table = rivals()
+    print(table.to_string())
+    return table
+
 @app.command(epilog='Example: cspine presets')
 def presets():
     "Show the presets side by side."
@@ -231,7 +292,7 @@ def main(
     try: app(args, prog_name='cspine')
     except SystemExit as stop:
         if stop.code != 130: raise
-        print('cspine: stopped; what was written is whole, and the same command (train: with --resume, after the last finished epoch) goes on from there', file=sys.stderr, flush=True)
+        print('cspine: stopped; what was written is whole, and the same command (train: with --resume, from the newest checkpoint) goes on from there', file=sys.stderr, flush=True)
         os._exit(130)   # Ctrl-C: a thread that is still in torch's native code would abort an orderly end
     except Exception as e:
         if os.environ.get('CSPINE_DEBUG') == '1': raise

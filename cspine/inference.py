@@ -12,10 +12,11 @@ from dataclasses import dataclass,field
 import numpy as np, pandas as pd, torch
 from .bundle import load_bundle
 from .classification import predict_probabilities
-from .cropping import boxes_from_labels,crop_vertebrae
+from .cropping import boxes_from_labels,crop_masks,crop_planes,crop_vertebrae
+from .detection import mask_note,predict_boxes
 from .dicom import read_series
 from .presets import CspineError,LEVELS,TARGETS
-from .segmentation import has_cervical_spine,predict_labels
+from .segmentation import find_device,has_cervical_spine,predict_labels
 
 # %% ../nbs/22_inference.ipynb #49f44499
 EPS = 1e-3   # no probability below EPS or above 1-EPS: a miss costs at most 6.9 nats
@@ -40,14 +41,6 @@ class Prediction:
         return f'Prediction({self.uid}: {p}{"" if self.cervical_spine else "; prior, since " + self.reason})'
 
 # %% ../nbs/22_inference.ipynb #2ff0a20b
-def _device(device):
-    "The device of that name; by itself: a GPU where there is one"
-    if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.zeros(1, device=device).cpu()   # only a try tells whether it works
-    except (RuntimeError,AssertionError) as e:
-        raise CspineError(f'cannot use the device {device!r} ({str(e).splitlines()[0]}); use cpu, or leave it out') from None
-    return torch.device(device)
-
 @contextmanager
 def _timed(seconds, step):
     start = time.perf_counter()
@@ -61,9 +54,9 @@ class Pipeline:
         bundle=None,   # bundle folder or Bundle; None: the demo bundle
         device=None,   # 'cpu', 'cuda', ...; None: a GPU where there is one
     ):
-        self.device = _device(device)
+        self.device = find_device(device)
         self.bundle = load_bundle(bundle)
-        for m in self.bundle.segmentation+self.bundle.classification: m.to(self.device)
+        for m in self.bundle.segmentation+self.bundle.classification+self.bundle.detection: m.to(self.device)
 
     def predict(self,
         volume,        # Volume
@@ -81,11 +74,15 @@ class Pipeline:
         crops = np.zeros((7, cls.slices, cls.size, cls.size), np.uint8)
         p,notes = b.prior.to_numpy(float), list(volume.notes)
         if cervical:
+            if b.detection:
+                with _timed(sec, 'boxes'): boxes,source = predict_boxes(b.detection, b.preset.detection, volume, self.device, labels)
+                notes += mask_note(source)
+            else: boxes = boxes_from_labels(labels)
             with _timed(sec, 'crops'):
-                boxes = boxes_from_labels(labels)
                 crops,present = crop_vertebrae(volume, boxes, cls, labels)
+                planes = crop_planes(crops, crop_masks(labels, volume.spacing, boxes, cls) if cls.mask_channel else None, cls)
             with _timed(sec, 'probabilities'):
-                p = predict_probabilities(b.classification, cls, crops, present, device=self.device, prior=b.prior)
+                p = predict_probabilities(b.classification, cls, planes, present, device=self.device, prior=b.prior)
                 p = np.where([*present,True], p*b.odds/(1-p+p*b.odds), p)   # at the competition's prevalence
                 p,said = _checked(p, present, b.prior)
             notes += said

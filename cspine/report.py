@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'BONE', 'Picture', 'png_bytes', 'midsagittal', 'show_study', 'Entry', 'entry', 'report_page', 'study_page',
-           'orientation', 'facts', 'show_planes', 'inspect']
+           'contact_sheet', 'orientation', 'facts', 'show_planes', 'inspect']
 
 # %% ../nbs/30_report.ipynb #fdcee72c
 import base64,io
@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from .bundle import DISCLAIMER
 from .dicom import Volume,read_series,study_files
-from .presets import LEVELS,TARGETS
+from .presets import LEVELS,TARGETS,CspineError
 from .rsna import write_whole
 from .windowing import WINDOWS,window
 
@@ -266,6 +266,36 @@ def study_page(
 ) -> Path:          # `out`
     "The page of a single study"
     return report_page([entry(volume, prediction, truth)], out, title='Cervical spine study', card=card)
+
+# %% ../nbs/30_report.ipynb #b18d8c9f
+def contact_sheet(
+    crops,           # `Crops`, of `crop_data_set`
+    png=None,        # PNG to write; None: none
+    studies=4,       # how many, those with most fractures first; or a list of uids
+    slices:int=5,    # of each vertebra
+) -> Figure:         # a column per vertebra; red: fractured, red frame: a slice that a fracture's box crosses, orange: the vertebra's mask
+    "Slices of every vertebra of a few studies of a crop data set"
+    table = crops.table.loc[crops.uids]
+    if isinstance(studies, int): studies = sorted(table.index, key=lambda u: -len(table.fractured[u].split()))[:studies]
+    if not studies: raise CspineError(f'{crops.folder} has no crops to show')
+    fig = Picture(figsize=(7, (slices+.3)*len(studies)))
+    for block,uid in zip(fig.subfigures(len(studies), squeeze=False)[:,0], studies):
+        s,n = crops.read(uid),crops.preset.classification.slices
+        at = np.linspace(0, n-1, slices+2).round().astype(int)[1:-1]
+        axes = block.subplots(slices, 7, squeeze=False, gridspec_kw=dict(left=.005, right=.995, top=1-.2/(slices+.3), bottom=.1/(slices+.3), wspace=.04, hspace=.04))
+        block.text(.005, .005, uid, fontsize=6)
+        for level,(name,column) in enumerate(zip(LEVELS, axes.T)):
+            said = f'no {name}' if not s['present'][level] else f'{name} (cut)' if s['cut'][level] else name
+            column[0].set_title(said, fontsize=9, pad=3, color='red' if name in table.fractured[uid].split() else 'black')
+            for ax,i in zip(column, at):
+                ax.set_xticks([]); ax.set_yticks([])
+                if not s['present'][level]: ax.axis('off'); continue
+                broken = s['broken'][level,i] == 1
+                ax.spines[:].set(color='red', linewidth=2, visible=broken)
+                ax.imshow(s['crops'][level,i], cmap='gray', vmin=0, vmax=255)
+                if s['masks'][level,i].any(): ax.contour(s['masks'][level,i], [.5], colors='tab:orange', linewidths=.5)
+    if png is not None: write_whole(png, png_bytes(fig))
+    return fig
 
 # %% ../nbs/30_report.ipynb #6d388285
 def orientation(

@@ -121,10 +121,10 @@ def test_runs_of_another_kind_or_preset(tmp_path):
     make_run(tmp_path/'wide', 'classification', replace(p, classification=replace(p.classification, size=96)))
     with pytest.raises(CspineError, match='different presets'):
         bundle([tmp_path/'seg', tmp_path/'wide'], tmp_path/'b')
-    make_run(tmp_path/'yolo', 'segmentation')
-    (tmp_path/'yolo'/'run.json').write_text(json.dumps(dict(kind='detection')))
-    with pytest.raises(CspineError, match="kind 'detection'"):
-        bundle([tmp_path/'yolo'], tmp_path/'b')
+    make_run(tmp_path/'other', 'segmentation')
+    (tmp_path/'other'/'run.json').write_text(json.dumps(dict(kind='denoising')))
+    with pytest.raises(CspineError, match="kind 'denoising'"):
+        bundle([tmp_path/'other'], tmp_path/'b')
 
 
 def test_figures_that_say_nothing(tmp_path):
@@ -229,7 +229,7 @@ def cut(folder):
     (lambda f: (f/'bundle.json').write_text('{"format": 1'), 'cannot be read'),
     (lambda f: (f/'bundle.json').write_text('[1]'), 'JSON object'),
     (lambda f: (f/'bundle.json').write_bytes(b'\xff\xfe'), 'cannot be read'),
-    (reset(format=2), 'bundle format 2 and this cspine reads 1'),
+    (reset(format=3), 'bundle format 3 and this cspine reads 2'),
     (reset(format=None), 'bundle format None'),
     (reset(preset=None), 'preset'),
     (lambda f: edit(f, in_preset), 'unknown field colour'),

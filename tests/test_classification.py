@@ -9,16 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
+import cspine.crops as crops_module
 import cspine.training as training
 from cspine.classification import CompetitionLoss, CrackNetBiLSTM, CropDataset, predict_probabilities
 from cspine.dicom import write_series
 from cspine.presets import TARGETS, CspineError, get_preset
 from cspine.rsna import PRIOR, folds, read_folds, read_train, write_folds
-from cspine.segmentation import build_segmentation
+from cspine.segmentation import build_segmentation, low_preset
 
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
-                segmentation=replace(TINY.segmentation, widths=(4, 8), low_widths=None, spacing=4., patch=16),
+                segmentation=replace(low_preset(TINY.segmentation), widths=(4, 8), patch=16, steps=60, epochs=3),
                 classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
@@ -158,7 +159,7 @@ def seg_run(tmp_path_factory, data):
 
 @pytest.fixture(autouse=True)
 def stage_1(monkeypatch):
-    monkeypatch.setattr(training, 'predict_labels', finds)
+    monkeypatch.setattr(crops_module, 'predict_labels', finds)
 
 
 def train(data, seg_run, out, **kw):
@@ -180,16 +181,19 @@ def test_a_run(data, seg_run, tmp_path, capsys):
     assert sorted(oof.index) == UIDS and (oof.fold == read_folds(run/'folds.csv')[oof.index]).all()
     for uid in (BLANK, NOT_CT): np.testing.assert_allclose(oof.loc[uid, list(TARGETS)].astype(float), PRIOR[list(TARGETS)])
     # each answer is that of the model which has not seen the study
+    store = crops_module.Crops(run/'crops'/crops_module.crop_key(SMALL.classification))
     for uid in (UIDS[0], UIDS[1]):
         k = oof.fold[uid]
         model = CrackNetBiLSTM(SMALL.classification)
         model.load_state_dict(load_file(run/f'fold{k}'/'model.safetensors'))
-        with np.load(next((run/'cache').glob(f'{uid}_*.npz'))) as f: crops, present = f['crops'], f['present']
+        study = store.read(uid)
+        crops, present = study['crops'], study['present']
         np.testing.assert_allclose(oof.loc[uid, list(TARGETS)].astype(float), predict_probabilities([model], SMALL.classification, crops, present), atol=1e-5)
     # a second run of one fold finds the crops, keeps the other fold's answers
-    before = {p: p.stat().st_mtime_ns for p in (run/'cache').glob('*.npz')}
+    before = {p: p.stat().st_mtime_ns for p in (run/'crops').rglob('*.safetensors')}
+    assert len(before) == len(UIDS)-2
     train(data, seg_run, run, fold=1, resume=True)
-    assert {p: p.stat().st_mtime_ns for p in (run/'cache').glob('*.npz')} == before
+    assert {p: p.stat().st_mtime_ns for p in (run/'crops').rglob('*.safetensors')} == before
     again = pd.read_csv(run/'oof.csv').set_index('StudyInstanceUID')
     pd.testing.assert_frame_equal(again.sort_index(), oof.sort_index())
 
@@ -201,16 +205,26 @@ def test_a_study_is_labelled_by_the_model_that_has_not_seen_it(data, seg_run, tm
         sd = models[0].state_dict()
         used[volume.uid] = [k for k in nets if all(torch.equal(sd[n], nets[k][n]) for n in sd)]
         return finds(models, preset, volume)
-    monkeypatch.setattr(training, 'predict_labels', which)
-    monkeypatch.setattr(training, '_networks', {})
+    monkeypatch.setattr(crops_module, 'predict_labels', which)
     fold_of = read_folds(seg_run/'folds.csv')
-    preset = replace(SMALL)
-    paths = training.cache_crops(data, fold_of, seg_run, tmp_path, preset, workers=1)
+    store = crops_module.crop_data_set(data, seg_run, tmp_path/'crops', workers=1)
     assert used == {u: [fold_of[u]] for u in UIDS if u != NOT_CT}
-    assert set(paths) == set(UIDS) - {BLANK, NOT_CT}
-    # another margin needs other crops
-    wider = replace(preset, classification=replace(preset.classification, margin_mm=6.))
-    assert not set(training.cache_crops(data, fold_of, seg_run, tmp_path, wider, workers=1).values()) & set(paths.values())
+    assert set(store.uids) == set(UIDS) - {BLANK, NOT_CT} and set(store.left_out) == {BLANK, NOT_CT}
+    pd.testing.assert_series_equal(store.fold_of.sort_index(), fold_of.sort_index(), check_names=False)
+    assert (store.table.labelled_by == store.table.fold).all()
+
+
+def test_a_ready_crop_data_set_trains_the_same(data, seg_run, tmp_path, monkeypatch):
+    store = crops_module.crop_data_set(data, seg_run, tmp_path/'c', workers=1)
+    preset = replace(SMALL, classification=replace(SMALL.classification, epochs=1))
+    own = training.train_classification(data, preset, seg_run, tmp_path/'own', workers=1)
+    monkeypatch.setattr(training, 'crop_data_set', None)   # nothing is cut again
+    ready = training.train_classification(data, preset, out=tmp_path/'ready', crops=store.folder)
+    a, b = (load_file(r/'fold0'/'model.safetensors') for r in (own, ready))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert read_folds(ready/'folds.csv').sort_index().equals(read_folds(own/'folds.csv').sort_index())
+    a, b = (pd.read_csv(r/'oof.csv').sort_values('StudyInstanceUID', ignore_index=True) for r in (own, ready))
+    pd.testing.assert_frame_equal(a, b)
 
 
 def test_killed_and_resumed_is_as_if_never_killed(data, seg_run, tmp_path, monkeypatch):
@@ -249,13 +263,14 @@ def test_refusals(data, seg_run, tmp_path):
     with pytest.raises(CspineError, match='fold must be'): train(data, seg_run, tmp_path/'x', fold=7)
 
 
-def test_slices_of_a_vertebra_share_one_transform(tmp_path):
+def test_slices_of_a_vertebra_share_one_transform():
     "A bone that is the same on every slice is so after augmentation too, in both pipelines"
     crops, masks, truth = broken_necks(1)
     crops[0] = crops[0, :, :1]
-    np.savez(tmp_path/'a.npz', crops=crops[0], masks=masks[0], present=np.ones(7, bool), broken=np.zeros((7, 30), np.uint8))
+    class One:
+        def read(self, uid): return dict(crops=crops[0].copy(), masks=np.repeat(masks[0, :, None] > 0, 30, 1), present=np.ones(7, bool), broken=np.zeros((7, 30), np.uint8))
     for name in ('light', 'paper'):
-        ds = CropDataset([tmp_path/'a.npz'], truth.astype(int), replace(SMALL.classification, augment=name))
+        ds = CropDataset(One(), ['1.2'], truth.astype(int), replace(SMALL.classification, augment=name))
         for ds.epoch in range(4):
             out = ds[0][0].float()
             spread = (out - out.mean(1, keepdim=True)).abs()

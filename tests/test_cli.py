@@ -15,7 +15,7 @@ import pytest
 from cspine import __version__, cli
 from cspine.presets import TARGETS
 
-COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train classification', 'bundle', 'predict', 'submit', 'score', 'presets')
+COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train detection', 'train classification', 'crop', 'bundle', 'predict', 'submit', 'score', 'evaluate', 'rivals', 'presets')
 
 
 class Done:
@@ -71,9 +71,11 @@ def test_help_shows_an_example(command):
 def test_spelling_of_the_options():
     """Scripts outside this repository call these."""
     wanted = {'phantom': '--train --test --size --seed', 'inspect': '--png', 'bundle': '--out', 'predict': '--bundle',
-              'train segmentation': '--data --preset --out --fold --epochs --resume --weights',
-              'train classification': '--data --preset --segmentation --out --fold --epochs --resume --weights',
-              'submit': '--data --bundle --out', 'score': '--truth --submission', 'presets': ''}
+              'train segmentation': '--data --preset --out --fold --epochs --resume --weights --model --input',
+              'train detection': '--data --preset --segmentation --out --fold --epochs --resume --predicted',
+              'train classification': '--data --preset --segmentation --crops --out --fold --epochs --resume --weights',
+              'crop': '--data --bundle --out --preset --workers --device --view',
+              'submit': '--data --bundle --out', 'score': '--truth --submission', 'evaluate': '--data --out --views --surfaces', 'rivals': '', 'presets': ''}
     assert set(wanted) == set(COMMANDS)
     for command, options in wanted.items():
         text = cspine(*command.split(), '--help').stdout
@@ -111,7 +113,8 @@ def test_wrong_usage_is_2(line, tmp_path, monkeypatch):
 @pytest.mark.parametrize('line', ['inspect nowhere', 'predict nowhere --bundle nowhere', 'submit --data nowhere --bundle nowhere',
                                   'score --truth nowhere --submission nowhere', 'bundle nowhere --out b',
                                   'train segmentation --data nowhere --out r', 'train segmentation --data nowhere --preset huge --out r',
-                                  'train classification --data nowhere --segmentation nowhere --out r'])
+                                  'train classification --data nowhere --segmentation nowhere --out r', 'train classification --data nowhere --crops nowhere --out r',
+                                  'crop --data nowhere --out r'])
 def test_anything_else_is_1_and_one_sentence(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = fails(1, *line.split())
@@ -137,17 +140,18 @@ def test_train_passes_on_what_was_asked(monkeypatch):
         def record(*args, _bind=inspect.signature(getattr(cspine.training, f'train_{stage}')).bind, **kw):
             seen.append(_bind(*args, **kw).arguments)
         monkeypatch.setattr(cspine.training, f'train_{stage}', record)
-    for line in ('segmentation --data d --preset paper --out r --fold all --epochs 3 --resume --weights w.pth',
+    for line in ('segmentation --data d --preset paper --out r --fold all --epochs 3 --resume --weights w.pth --device cpu --precision fp32 --batch 4 --input 2.5d',
                  'classification --data d --preset tiny --segmentation s --out r --fold 2', 'segmentation --data d --out r'):
         with pytest.raises(SystemExit) as stop: cli.main(['train', *line.split()])
         assert not stop.value.code
     d, r = Path('d'), Path('r')
-    assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth'),
-                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None),
-                    dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None)]
+    left = dict(device=None, precision='auto', batch=None)
+    assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth', device='cpu', precision='fp32', batch=4, model=None, input='2.5d'),
+                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, crops=None, **left),
+                    dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None, model=None, input=None, **left)]
 
 
-@pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'),
+@pytest.mark.parametrize('module, name', [('phantom', 'phantom'), ('report', 'inspect'), ('training', 'train_segmentation'), ('crops', 'crop_data_set'),
                                           ('training', 'train_classification'), ('bundle', 'bundle'), ('inference', 'predict'),
                                           ('rsna', 'score'), ('presets', 'presets')])
 def test_the_library_has_the_same_names(module, name):

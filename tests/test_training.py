@@ -1,6 +1,7 @@
 "Stage-1 runs: what is written, split, resumed and refused"
 import json
 from dataclasses import replace
+from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from cspine.phantom import phantom
 from cspine.presets import CspineError,Preset,get_preset
-from cspine.segmentation import CubeDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies
+from cspine.segmentation import CubeDataset,FineDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,low_preset
 from cspine.rsna import folds,read_folds,read_train
 from cspine.training import _origin,_start_run,read_run,train_segmentation
 
 TINY = get_preset('tiny')
-SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8,8), low_widths=(4,8), low_epochs=2, low_steps=3, patch=24, spacing=4., steps=3, epochs=2))
+SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8), low_widths=(4,8), low_epochs=2, low_steps=3, low_patch=24, low_spacing=8., patch=24, spacing=2., steps=3, epochs=2))
 FLAT = replace(SMALL, segmentation=replace(get_preset('paper').segmentation, encoder='resnet18', size=32, batch=32,
                                            epochs=1, pretrained=False))
 
@@ -31,7 +32,7 @@ def test_a_run_holds_what_inference_needs(run, data):
     assert d['versions']['torch'].split('+')[0] == torch.__version__.split('+')[0]
     last = d['figures']['fold0']['last']
     assert {'dice','dice_with_background','accuracy','accuracy_all_background','dice_C1','dice_T'} <= set(last)
-    assert 0.9 < last['accuracy_all_background'] < 1
+    assert 0.5 < last['accuracy_all_background'] < 1   # of cubes about the spine
     json.loads((run/'run.json').read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
     folds = pd.read_csv(run/'folds.csv', dtype={0:str})
     assert sorted(folds.StudyInstanceUID) == sorted(uids(data)) and set(folds.fold) == {0,1}
@@ -70,17 +71,19 @@ def test_slices_train_with_the_same_command(data, tmp_path):
     build_segmentation(FLAT.segmentation).load_state_dict(load_file(out/'fold1'/'model.safetensors'))
 
 def test_items_repeat_for_a_seed_and_change_with_the_epoch(data, tmp_path):
-    for preset,kind in ((SMALL.segmentation,CubeDataset), (FLAT.segmentation,SliceDataset)):
+    seg,low = SMALL.segmentation,low_preset(SMALL.segmentation)
+    fine = partial(FineDataset, low=build_segmentation(low))
+    for preset,kind in ((low,CubeDataset), (seg,fine), (FLAT.segmentation,SliceDataset)):
         paths = list(cache_studies(data, uids(data)[:2], tmp_path, preset).values())
-        a,b = kind(paths, preset, True, 1),kind(paths, preset, True, 1)
+        a,b = kind(paths, preset, train=True, seed=1),kind(paths, preset, train=True, seed=1)
         i = len(a)//2
-        for (x,y),(u,v) in zip([a[i]], [b[i]]): assert torch.equal(x, u) and torch.equal(y, v)
-        x,y = a[i]
+        for x,u in zip(a[i], b[i]): assert torch.equal(x, u)
+        y = a[i][-1]
         torch.testing.assert_close(y.sum(0), torch.ones_like(y[0]))
         b.epoch = 5
         assert any(not torch.equal(a[k][0], b[k][0]) for k in range(min(3, len(a))))
-        whole = kind(paths, preset, False)
-        assert torch.equal(whole[i][0], whole[i][0]) and whole[len(whole)//2][1].argmax(0).any()
+        whole = kind(paths, preset, train=False)
+        assert torch.equal(whole[i][0], whole[i][0]) and whole[len(whole)//2][-1].argmax(0).any()
 
 def test_the_cache_is_made_once_and_again_if_the_mask_changes(data, tmp_path):
     uid = uids(data)[0]
