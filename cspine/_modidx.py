@@ -224,6 +224,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cspine.ctfile._group_values': ('ctfile.html#_group_values', 'cspine/ctfile.py'),
                                'cspine.ctfile._header': ('ctfile.html#_header', 'cspine/ctfile.py'),
                                'cspine.ctfile._header_pydicom': ('ctfile.html#_header_pydicom', 'cspine/ctfile.py'),
+                               'cspine.ctfile._htj2k': ('ctfile.html#_htj2k', 'cspine/ctfile.py'),
                                'cspine.ctfile._inflate': ('ctfile.html#_inflate', 'cspine/ctfile.py'),
                                'cspine.ctfile._items': ('ctfile.html#_items', 'cspine/ctfile.py'),
                                'cspine.ctfile._plain': ('ctfile.html#_plain', 'cspine/ctfile.py'),

@@ -7,7 +7,7 @@ __all__ = ['SYNTAXES', 'LOSSY', 'FRAME_LIMIT', 'encode_frame', 'Unusable', 'Dama
            'stream_size', 'Decoders', 'stored_values']
 
 # %% ../nbs/01_ctfile.ipynb #527cea9a
-import io, math, os, queue, socket, struct, subprocess, sys, zlib
+import io, math, os, queue, socket, struct, subprocess, sys, threading, zlib
 
 import imagecodecs
 import numpy as np
@@ -29,6 +29,8 @@ def _family(syntax):
     return next((f for f in ('jpegls', 'jpeg2000', 'htj2k', 'jpeg', 'rle') if name.startswith(f)),
                 'raw' if name else 'unknown')
 
+_OPENJPH = threading.Lock() # its first frames come out damaged when threads begin at once (imagecodecs 2026.3.6)
+
 def encode_frame(
     stored: np.ndarray,  # (rows, columns) uint16 or int16; uint8 for jpeg_baseline, at most 4095 for jpeg_extended
     syntax: str,         # a key of `SYNTAXES` that compresses
@@ -43,8 +45,9 @@ def encode_frame(
     if syntax == 'jpeg2000': return imagecodecs.jpeg2k_encode(stored, level=0, codecformat='j2k', reversible=True)
     if syntax == 'jpeg2000_lossy': return imagecodecs.jpeg2k_encode(stored, level=95, codecformat='j2k', reversible=False)
     if syntax == 'rle': return _encode_rle(a)
-    if syntax in ('htj2k', 'htj2k_rpcl'): return imagecodecs.htj2k_encode(stored, reversible=True) # in RPCL order
-    if syntax == 'htj2k_lossy': return imagecodecs.htj2k_encode(stored, reversible=False, level=1e-4)
+    with _OPENJPH:
+        if syntax in ('htj2k', 'htj2k_rpcl'): return imagecodecs.htj2k_encode(stored, reversible=True) # in RPCL order
+        if syntax == 'htj2k_lossy': return imagecodecs.htj2k_encode(stored, reversible=False, level=1e-4)
     raise ValueError(f'{syntax} does not compress')
 
 def _encode_rle(a):
@@ -387,6 +390,15 @@ def _unrle(data, count, size):
         planes[:, n-1-k] = np.frombuffer(imagecodecs.packbits_decode(data[bounds[k]:bounds[k+1]]), 'u1', count)
     return planes.view(f'<u{size}')
 
+def _htj2k(data):
+    "imagecodecs gives whatever the memory held where OpenJPH fails half way, and Python only hears of it by the way"
+    said, hook = [], sys.unraisablehook
+    sys.unraisablehook = lambda u: said.append(str(u.exc_value))
+    try: a = imagecodecs.htj2k_decode(data)
+    finally: sys.unraisablehook = hook
+    if said: raise Damaged(f'does not decode ({said[0]})')
+    return a
+
 def _decode(data, family, rows, columns, size):
     "One frame's stored values, (rows, columns), from its code stream; `size`: bytes of a value."
     if family == 'rle': return _unrle(data, rows*columns, size).reshape(rows, columns)
@@ -394,7 +406,7 @@ def _decode(data, family, rows, columns, size):
         raise Damaged(f'has a damaged {family} stream' if said is None else
                       f'should have {rows} x {columns} pixels, its {family} stream has {said[0]} x {said[1]}')
     a = (imagecodecs.jpeg_decode(data) if family == 'jpeg' else imagecodecs.jpegls_decode(data) if family == 'jpegls' else
-         imagecodecs.htj2k_decode(data) if family == 'htj2k' else imagecodecs.jpeg2k_decode(data, numthreads=1))
+         _htj2k(data) if family == 'htj2k' else imagecodecs.jpeg2k_decode(data, numthreads=1))
     if a.shape != (rows, columns) or a.dtype.kind not in 'ui': raise Damaged(f'has a {family} stream of another kind')
     return a
 

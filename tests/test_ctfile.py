@@ -295,3 +295,41 @@ def test_a_slice_has_the_numbers_of_its_header(tmp_path):
     folder = write_series(*block((1, 8, 8)), tmp_path / 'a')
     s, = read_header(folder / '1.dcm')
     assert s.size == (8, 8) and s.pixel == (.5, .4) and s.name == '1.dcm' and s.axial
+
+
+def test_an_htj2k_stream_that_breaks_off_half_way_is_damage_not_pixels():
+    "imagecodecs lets the error pass and gives what the memory held"
+    values = (np.arange(48*40).reshape(48, 40)*7 % 4000).astype('u2')
+    stream, said = encode_frame(values, 'htj2k'), 0
+    with Decoders() as decode:
+        for k in range(120, 160):
+            broken = bytearray(stream)
+            broken[k] ^= 0xff
+            try:
+                decode(bytes(broken), 'htj2k', 48, 40)
+            except Damaged as e:
+                said += 'ojph' in str(e)
+        assert (decode(stream, 'htj2k', 48, 40) == values).all()   # the process is none the worse
+    assert said > 10
+
+
+def test_threads_that_begin_at_once_write_sound_htj2k():
+    code = (
+        'import os, sys, threading, numpy as np\nfrom concurrent.futures import ThreadPoolExecutor\nfrom cspine.ctfile import encode_frame\n'
+        'import imagecodecs\nframes = np.random.default_rng(0).integers(0, 3000, (24, 12, 10)).astype("u2")\n'
+        'def sound():\n'
+        '    together = threading.Barrier(4)\n'
+        '    def encode(i):\n'
+        '        if i < 4: together.wait()\n'
+        '        return encode_frame(frames[i], "htj2k")\n'
+        '    with ThreadPoolExecutor(4) as pool: streams = list(pool.map(encode, range(24)))\n'
+        '    return all((imagecodecs.htj2k_decode(s) == f).all() for s, f in zip(streams, frames))\n'
+        'bad = 0\n'
+        'for _ in range(100):\n'
+        '    child = os.fork()\n'
+        '    if not child: os._exit(0 if sound() else 1)\n'
+        '    bad += os.waitpid(child, 0)[1] != 0\n'
+        'sys.exit(f"{bad} of 100 processes wrote damaged frames" if bad else 0)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-200:]
