@@ -266,21 +266,21 @@ def evaluate(
     print(table.T.to_string(header=False, float_format='{:.4f}'.format, na_rep='-'))
     return table
 
+def _shown(table):
+    print(table.to_string())
+    return table
+
 @app.command(epilog='Example: cspine rivals')
 def rivals():
     "Show the models that the paper compares with, as --model takes them."
     from cspine.rivals import rivals
-    table = rivals()
-    print(table.to_string())
-    return table
+    return _shown(rivals())
 
 @app.command(epilog='Example: cspine presets')
 def presets():
     "Show the presets side by side."
     from cspine.presets import presets
-    table = presets()
-    print(table.to_string())
-    return table
+    return _shown(presets())
 
 # %% ../nbs/40_cli.ipynb #f23f500a
 def main(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 from .presets import SegmentationPreset
-from .segmentation import UNet3d,_axis_weights,_in_pieces,_resample,channels_last,fast,to_grid
+from .segmentation import UNet3d,_axis_weights,_in_pieces,_ready,_resample,channels_last,fast,to_grid
 
 # %% ../nbs/10_first_cascade.ipynb #681060ab
 class FirstCascade(UNet3d):
@@ -95,6 +95,7 @@ def _snap(share, bright, spacing, maybe=10, surely=99, marrow=95, pore=2.):
     closed = ndimage.grey_closing(bone.view(np.uint8), [2*round(pore/d)+1 for d in spacing]).view(bool)
     return bone | (closed & (share >= marrow))
 
+@torch.inference_mode()
 def first_labels(
     models:list,                # of `FirstCascade`, one per fold
     preset:SegmentationPreset,  # the one that they were trained with
@@ -102,6 +103,7 @@ def first_labels(
     device:str='cpu',           # torch device
 ) -> np.ndarray:                # (z, y, x) uint8 label map on the volume's own grid
     "The label map of a scan by the folds' mean"
+    models,device = _ready(models, device)
     hu = to_grid(volume.hu, volume.spacing, preset.spacing, device)   # not in `fast`: HU do not fit into bfloat16
     with fast(device): share = _in_pieces(models, hu)
     return labels_from_grid(share, volume.hu.shape, volume.hu, volume.spacing)

@@ -723,6 +723,10 @@ def _by_slice(models, preset, volume, device, flips):
         try: z,x = slices.send(batch)
         except StopIteration: return
 
+def _ready(models, device):
+    device = torch.device(device)
+    return [channels_last(m.to(device).eval()) for m in models],device
+
 @torch.inference_mode()
 def predict_scores(
     models:list,                # networks of `build_segmentation`, one per fold
@@ -734,8 +738,7 @@ def predict_scores(
     "What the folds' mean says of a scan, on the scan's own grid"
     if preset.model == 'visible2d': raise CspineError('this model only says which levels a slice shows; it has no label map')
     if preset.model == 'first_cascade': raise CspineError('this model, the demo bundle\'s, gives labels and no scores: `predict_labels`')
-    device = torch.device(device)
-    models = [channels_last(m.to(device).eval()) for m in models]
+    models,device = _ready(models, device)
     if preset.model == 'unet2d': return bone_scores(_by_slice(models, preset, volume, device, flips))
     grid = preset.low_spacing or preset.spacing
     hu = to_grid(volume.hu, volume.spacing, grid, device)   # not in `fast`: HU do not fit into bfloat16
@@ -751,8 +754,7 @@ def predict_visible(
     device:str='cpu',           # torch device, e.g. 'cuda'
 ) -> np.ndarray:                # (z, 8) probabilities that a slice shows C1..C7, T
     "The folds' mean for each slice"
-    device = torch.device(device)
-    models = [channels_last(m.to(device).eval()) for m in models]
+    models,device = _ready(models, device)
     with fast(device): return torch.cat([sum(m(x).float().sigmoid() for m in models).cpu()/len(models) for _,x in _slices(volume.hu, preset, device, 4)]).numpy()
 
 def predict_labels(
@@ -765,7 +767,7 @@ def predict_labels(
     "The label map of a scan: the folds' mean, in the order of a spine, with specks removed"
     if preset.model == 'first_cascade':
         from cspine.first_cascade import first_labels
-        with torch.inference_mode(): return clean_labels(first_labels([channels_last(m.to(device).eval()) for m in models], preset, volume, device), volume.spacing)
+        return clean_labels(first_labels(models, preset, volume, device), volume.spacing)
     return clean_labels(labels_of(*predict_scores(models, preset, volume, device, flips), volume.hu.shape, volume.spacing), volume.spacing)
 
 # %% ../nbs/10_segmentation.ipynb #6f172922
