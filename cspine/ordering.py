@@ -89,8 +89,11 @@ def order_levels(
     "The level of each voxel of bone, so that all are in the order of a spine"
     if len(at) == 0: return np.zeros(0, np.uint8)
     if p.shape != (len(at), len(CLASSES)-1): raise CspineError(f'order_levels needs {len(CLASSES)-1} scores for each of {len(at)} voxels, got shape {p.shape}')
-    cells,own = np.unique(np.floor((at+.5)*spacing/CELL).astype(np.int32), axis=0, return_inverse=True)
-    own = own.ravel()
+    cell = np.floor((at+.5)*spacing/CELL).astype(np.int32)
+    cell -= cell.min(0)
+    grid = cell.max(0)+1
+    there,own = np.unique(np.ravel_multi_index(cell.T, grid), return_inverse=True)
+    cells = np.stack(np.unravel_index(there, grid), 1)
     part = float(np.prod(spacing))/CELL**3
     p = np.nan_to_num(p).astype(np.float32)
     share = p/np.maximum(p.sum(1, keepdims=True), 1e-12)

@@ -1,10 +1,11 @@
 "Stage 1 across modules: geometry, learning, the paper's model at full size"
+import pickle
 from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from cspine import segmentation as seg
-from cspine.phantom import make_study
+from cspine.phantom import make_study, phantom
 from cspine.presets import CspineError, get_preset
 
 TINY,PAPER = get_preset('tiny').segmentation,get_preset('paper').segmentation
@@ -167,3 +168,33 @@ def test_a_neck_is_a_row_of_neighbouring_levels(levels, neck):
     said,why = seg.has_cervical_spine(labels, (1.,1.,1.))
     assert said == neck, why
     assert not seg.has_cervical_spine(labels, (1.,2.5,2.5))[0]   # 30 cm3 each: a loin
+
+def test_a_network_that_calls_everything_bone_is_stopped(monkeypatch):
+    q = torch.full((9,4,10,10), 1/9)
+    assert len(seg.bone_scores([((0,0,0), q), ((4,0,0), q)])[0]) == 800
+    monkeypatch.setattr(seg, 'MOST_BONE', 700)
+    with pytest.raises(CspineError, match='not trained'): seg.bone_scores([((0,0,0), q), ((4,0,0), q)])
+    assert len(seg.bone_scores([((0,0,0), q)])[0]) == 400
+
+def test_slices_are_read_when_they_are_wanted(tmp_path):
+    "The studies stay on disk; another process opens them itself"
+    data = phantom(tmp_path/'data', train=1, test=0, size=64, seed=3, odd=0)
+    uid = next((data/'segmentations').glob('*.nii')).name.removesuffix('.nii')
+    for input in ('windows','2.5d'):
+        preset = replace(get_preset('paper').segmentation, size=64, input=input)
+        path = seg.cache_studies(data, [uid], tmp_path/'cache', preset, workers=1)[uid]
+        ds = seg.SliceDataset([path], preset, train=False)
+        volume = seg.read_series(data/'train_images'/uid)
+        labels = seg.read_mask(data/'segmentations'/f'{uid}.nii', volume)
+        assert len(ds) == len(volume.hu) and not [v for v in vars(ds).values() if torch.is_tensor(v)]
+        at = int((labels > 0).sum((1,2)).argmax())
+        for z in (0, at, len(ds)-1):
+            x,maps = ds[z]
+            assert torch.equal(x, seg._one_slice(volume.hu, preset, z))
+            assert np.array_equal(maps.argmax(0), labels[z])
+        assert torch.equal(pickle.loads(pickle.dumps(ds))[at][0], ds[at][0])
+    before = path.stat().st_mtime_ns
+    assert seg.cache_studies(data, [uid], tmp_path/'cache', preset, workers=1)[uid].stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:1000])    # cut off: made again
+    seg.cache_studies(data, [uid], tmp_path/'cache', preset, workers=1)
+    assert len(seg.SliceDataset([path], preset)) == len(volume.hu)
