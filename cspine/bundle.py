@@ -102,7 +102,7 @@ def _collect(runs):
         if not files[s]: raise CspineError(f'a bundle needs a {s} run too; give its folder beside the others')
     boxes,yolo = presets['classification'].boxes,bool(files['detection'])   # what stage 2 has learned from
     if yolo != (boxes == 'yolo'):
-        raise CspineError("the classification run's crops were cut by the label map's boxes, so a detection run would change what it sees; leave it out"
+        raise CspineError("the classification run's crops were cut by the label map's boxes, so a detection run would change what it sees; leave it out, or train stage 2 with --detection"
                           if yolo else "the classification run's crops were cut by YOLO's boxes; give that detection run's folder too")
     return files, replace(presets['segmentation'], boxes=boxes, **{s:getattr(presets[s], s) for s in PARTS if s in presets}), cards
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
-           'Device', 'Precision', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_detection',
+           'Device', 'Precision', 'Detection', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_detection',
            'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'evaluate', 'rivals',
            'presets', 'main']
 
@@ -56,6 +56,7 @@ Weights = Annotated[str | None, Option(metavar='PATH|timm|none', help='ImageNet 
                                             'those of cspine[pretrained] where they fit.', show_default=False)]
 Device = Annotated[str | None, Option(metavar='NAME', help='cpu, cuda, cuda:1, ...; without it, a GPU where there is one.', show_default=False)]
 Precision = Annotated[str, Option(metavar='auto|fp32|bf16|fp16', help='Number format of mixed precision; auto: the fastest that the device has.')]
+Detection = Annotated[Path | None, Option(metavar='RUN', help="Run folder of YOLO, whose boxes cut the crops; without it, the label map's boxes do.", show_default=False)]
 Batch = Annotated[int | None, Option(min=1, metavar='N', help="Items per step, of all processes together, instead of the preset's number.", show_default=False)]
 
 # %% ../nbs/40_cli.ipynb #91c04c43
@@ -112,13 +113,14 @@ def train_detection(
 def train_classification(
     data: Data, out: Out,
     segmentation: Annotated[Path | None, Option(metavar='RUN', help='Run folder of stage 1, whose label maps cut the crops.', show_default=False)] = None,
+    detection: Detection = None,
     crops: Annotated[Path | None, Option(metavar='CROPS', help='Crop data set of cspine crop, instead of --segmentation.', show_default=False)] = None,
     preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None,
     device: Device = None, precision: Precision = 'auto', batch: Batch = None):
     "Train stage 2: from seven crops to eight probabilities."
     from cspine.training import train_classification
     return train_classification(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs,
-                                resume=resume, weights=weights, crops=crops, device=device, precision=precision, batch=batch)
+                                resume=resume, weights=weights, crops=crops, detection=detection, device=device, precision=precision, batch=batch)
 
 def _number(fold): return fold if fold == 'all' else int(fold)
 
@@ -129,6 +131,7 @@ def crop_data_set(
     out: Annotated[Path, Option(metavar='CROPS', help='Crop data set to write; one that is not finished, or damaged, is completed.', show_default=False)],
     bundle: Annotated[Path | None, Option(metavar='BUNDLE|RUN', help='What labels the studies: a bundle, or a run folder of stage 1, whose folds then label the studies '
                                           'that they have not seen; without it, the demo bundle.', show_default=False)] = None,
+    detection: Detection = None,
     preset: Annotated[str | None, Option(metavar='NAME', help="Preset whose stage 2 says how to cut; without it, the bundle's own.", show_default=False)] = None,
     workers: Annotated[int | None, Option(min=1, metavar='N', help='Processes; without it, one per core.', show_default=False)] = None,
     device: Device = None,
@@ -136,7 +139,7 @@ def crop_data_set(
 ):
     "Cut the vertebrae out of every study, once: what stage 2 trains on."
     from cspine.crops import crop_data_set
-    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view)
+    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view, detection=detection)
     print(f'crops: {crops.folder}, {len(crops)} of {crops.made["studies"]} studies, {crops.bytes/1e6:.0f} MB')
     if view is not None: print(f'view: {view}')
     return crops

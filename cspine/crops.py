@@ -13,10 +13,11 @@ from pathlib import Path
 import imagecodecs
 import numpy as np, pandas as pd, torch
 from .cropping import boxes_from_labels,crop_masks,crop_slices,crop_vertebrae,cut_by_scan
+from .detection import predict_boxes
 from .dicom import DicomError,read_series
 from .presets import LEVELS,ClassificationPreset,CspineError,Preset,get_preset,progress
 from .rsna import find_studies,read_boxes,read_folds,read_train,validate_uid,write_whole
-from .segmentation import build_segmentation,predict_labels
+from .segmentation import predict_labels
 
 # %% ../nbs/12_crops.ipynb #d3d4bf55
 def crop_study(
@@ -70,7 +71,7 @@ def _unpack(data, shape):
 # %% ../nbs/12_crops.ipynb #afadb6c8
 FORMAT = 1      # raised when an older cspine can no longer read what a newer one writes
 CROP_FIELDS = 'slices','size','margin_mm','window','tilt','isolate'   # of a `ClassificationPreset`: those that decide what is in a crop
-_COLUMNS = 'StudyInstanceUID','fold','labelled_by','made_from','fractured','vertebrae','cut','bytes','sha256','why'
+_COLUMNS = 'StudyInstanceUID','fold','labelled_by','made_from','fractured','vertebrae','from_mask','cut','bytes','sha256','why'
 
 def crop_key(
     preset:ClassificationPreset,
@@ -162,39 +163,57 @@ _AGAIN = 'the command that made the crop data set, given again, makes this study
 # %% ../nbs/12_crops.ipynb #1a6bae1f
 @dataclass(frozen=True)
 class _Source:
-    "Stage 1 of a run or a bundle, as the processes that make crops are told of it"
+    "What cuts the crops, of runs or a bundle, as the processes that make them are told of it"
     folder:Path
     kind:str           # 'run' or 'bundle'
     preset:Preset
-    weights:dict       # fold -> SHA-256 of the weights
-    def networks(self, folds): return _networks(self.folder, self.kind, tuple((k,self.weights[k]) for k in folds))
+    weights:dict       # fold -> SHA-256 of stage 1's weights
+    yolo:Path          # where YOLO's weights lie: a run, or the bundle; None: the label map's boxes cut
+    yolo_weights:dict  # fold -> SHA-256 of them
+    def networks(self, folds): return _networks(self.folder, self.kind, 'segmentation', tuple((k,self.weights[k]) for k in folds))
+    def detectors(self, folds): return _networks(self.yolo, self.kind, 'detection', tuple((k,self.yolo_weights[k]) for k in folds))
+    def folds(self, fold, weights):
+        "Whose answers hold for a study of that fold: the network that has not seen it; if that is not trained, the first; all of a bundle"
+        return (fold,) if fold in weights else tuple(weights)[:1] if self.kind == 'run' else tuple(weights)
 
-@lru_cache(maxsize=8)
-def _networks(folder, kind, folds):
-    "Stage 1's networks of these (fold, SHA-256); kept, for the next study needs them again"
-    from cspine.bundle import load_bundle
+@lru_cache(maxsize=16)
+def _networks(folder, kind, part, folds):
+    "The networks of these (fold, SHA-256); kept, for the next study needs them again"
+    from cspine.bundle import _build,_read_run,load_bundle
     from safetensors.torch import load_file
-    if kind == 'bundle': return load_bundle(folder).segmentation
-    out,preset = [],_source(folder).preset
+    if kind == 'bundle': return getattr(load_bundle(folder), part)
+    out,preset = [],_read_run(folder)[1]
     for k,_ in folds:
-        net = build_segmentation(preset.segmentation)
+        net = _build(part, preset)
         net.load_state_dict(load_file(folder/f'fold{k}'/'model.safetensors'))
         out.append(net.eval())
     return out
 
-def _source(bundle):
-    "What lies in the folder"
-    from cspine.bundle import _read_run,default_bundle,load_bundle
+def _run_weights(folder, kind):
+    "Preset and fold -> SHA-256 of a run's trained folds"
+    from cspine.bundle import _read_run
+    run,preset,files = _read_run(folder)
+    if run['kind'] != kind: raise CspineError(f'{folder} is a run of {run["kind"]}; crops need one of {kind}' + (', or a bundle' if kind == 'segmentation' else ''))
+    done = {k:f for k,f in files.items() if k in run.get('folds', ())}
+    if not done: raise CspineError(f'{folder} has no trained fold yet: finish it with `cspine train {kind} ... --resume`')
+    return preset,{k:hashlib.sha256(f.read_bytes()).hexdigest() for k,f in done.items()}
+
+def _source(bundle, detection=None):
+    "What lies in the folders"
+    from cspine.bundle import default_bundle,load_bundle
     folder = default_bundle() if bundle is None else Path(bundle).resolve()
     if not (folder/'run.json').exists():
         b = load_bundle(None if bundle is None else folder)   # checks the SHA-256 that it states
-        stated = json.loads((folder/'bundle.json').read_text(encoding='utf-8'))['stages']['segmentation']
-        return _Source(folder, 'bundle', b.preset, {i:s['sha256'] for i,s in enumerate(stated)})
-    run,preset,files = _read_run(folder)
-    if run['kind'] != 'segmentation': raise CspineError(f'{folder} is a run of {run["kind"]}; crops need one of segmentation, or a bundle')
-    done = {k:f for k,f in files.items() if k in run.get('folds', ())}
-    if not done: raise CspineError(f'{folder} has no trained fold yet: finish it with `cspine train segmentation ... --resume`')
-    return _Source(folder, 'run', preset, {k:hashlib.sha256(f.read_bytes()).hexdigest() for k,f in done.items()})
+        stated = {s:{i:e['sha256'] for i,e in enumerate(v)} for s,v in json.loads((folder/'bundle.json').read_text(encoding='utf-8'))['stages'].items()}
+        if detection is not None: raise CspineError(f'{folder} is a bundle, whose own boxes cut; name the run of stage 1 that the detection run {detection} belongs to')
+        return _Source(folder, 'bundle', b.preset, stated['segmentation'], folder if b.detection else None, stated.get('detection', {}))
+    preset,weights = _run_weights(folder, 'segmentation')
+    if detection is None: return _Source(folder, 'run', replace(preset, boxes='mask'), weights, None, {})
+    yolo = Path(detection).resolve()
+    its,yolo_weights = _run_weights(yolo, 'detection')
+    if its.segmentation != preset.segmentation or not read_folds(yolo/'folds.csv').equals(read_folds(folder/'folds.csv')):
+        raise CspineError(f'{detection} was trained beside another stage 1 than {bundle}, with other folds or another preset: name the two that belong together')
+    return _Source(folder, 'run', replace(preset, boxes='yolo', detection=its.detection), weights, yolo, yolo_weights)
 
 def crop_data_set(
     data,                # folder in the competition's layout
@@ -205,23 +224,28 @@ def crop_data_set(
     device:str=None,     # torch device of stage 1; None: a GPU where there is one
     view=None,           # PNG to write, of `report.contact_sheet`
     fold_of=None,        # uid -> fold, the studies wanted; None: those of train.csv, with the folds of the run
+    detection=None,      # run folder of YOLO trained beside that of stage 1, whose boxes cut; None: the label map's boxes, or those of the bundle's YOLO
 ) -> Crops:
     "The crops of a folder of studies on disk, made where they are not there yet; studies without a vertebra are named on stderr"
-    data,out = Path(data),Path(out)
-    truth,source = read_train(data/'train.csv'),_source(bundle)
+    data,out = Path(data).resolve(),Path(out).resolve()   # the processes may have been begun in another folder
+    truth,source = read_train(data/'train.csv'),_source(bundle, detection)
     whole = source.preset if preset is None else replace(source.preset, classification=get_preset(preset).classification)
     if fold_of is None:
         fold_of = read_folds(source.folder/'folds.csv') if source.kind == 'run' else pd.Series(dtype=int)
         fold_of = pd.Series({u:fold_of.get(u, -1) for u in truth.index}, dtype=int)
-    folds = {u:(k,) if k in source.weights else tuple(source.weights)[:1] if source.kind == 'run' else tuple(source.weights) for u,k in fold_of.items()}
+    folds = {u:(source.folds(k, source.weights),source.folds(k, source.yolo_weights)) for u,k in fold_of.items()}
     made = dict(format=FORMAT, studies=len(folds), preset=whole.to_dict(), stage_1=source.kind, name=source.folder.name,
-                sha256={str(k):v for k,v in source.weights.items()}, data=data.resolve().name)
+                sha256={str(k):v for k,v in source.weights.items()},
+                yolo_sha256={str(k):v for k,v in source.yolo_weights.items()}, data=data.name)
     _begin(out, made)
     store,studies = Crops(out),find_studies(data, 'train')
-    key = {f:hashlib.sha256(json.dumps([_fields(whole.classification), asdict(whole.segmentation), [source.weights[k] for k in f]]).encode()).hexdigest()[:16]
-           for f in set(folds.values())}
+    def key(seg, yolo):
+        made = [_fields(whole.classification), asdict(whole.segmentation), [source.weights[k] for k in seg]]
+        if yolo: made += [asdict(whole.detection), [source.yolo_weights[k] for k in yolo]]
+        return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+    key = {f:key(*f) for f in set(folds.values())}
     blank = dict.fromkeys(_COLUMNS, '')
-    rows = {u:blank | dict(StudyInstanceUID=u, fold=str(fold_of[u]) if fold_of[u] >= 0 else '', labelled_by=' '.join(map(str, f)), made_from=key[f],
+    rows = {u:blank | dict(StudyInstanceUID=u, fold=str(fold_of[u]) if fold_of[u] >= 0 else '', labelled_by=' '.join(map(str, f[0])), made_from=key[f],
                            fractured=' '.join(l for l in LEVELS if truth.loc[u, l])) for u,f in folds.items()}
     kept = _still_good(store, rows)
     todo = [u for u in rows if u not in kept]
@@ -240,6 +264,9 @@ def crop_data_set(
             for row in progress(Parallel(n, return_as='generator_unordered')(calls), 'cropping studies', len(jobs)):
                 log.write(_lines([row])); log.flush()
     store = Crops(out)
+    if source.yolo:
+        lost = [len(r['from_mask'].split()) for r in store._rows.values()]
+        print(f'YOLO finds no box of {sum(lost)} of {sum(int(r["vertebrae"] or 0) for r in store._rows.values())} vertebrae, in {sum(map(bool, lost))} of {len(store)} studies: the label map\'s cut them', file=sys.stderr)
     for u,why in store.left_out.items(): print(f'left out: {u}: {why}', file=sys.stderr)
     if view is not None:
         from cspine.report import contact_sheet
@@ -268,7 +295,7 @@ def _still_good(store, rows):
     "The old rows of studies that need not be made again; says which files are damaged, and how many studies another stage 1 had labelled"
     from joblib import Parallel,delayed
     old = {u:r for u,r in store._rows.items() if u in rows}
-    same = {u:rows[u] | {k:r[k] for k in ('vertebrae','cut','bytes','sha256','why')} for u,r in old.items()
+    same = {u:rows[u] | {k:r[k] for k in ('vertebrae','from_mask','cut','bytes','sha256','why')} for u,r in old.items()
             if r['made_from'] == rows[u]['made_from'] and r['fractured'] == rows[u]['fractured'] and r['vertebrae']}   # without a number, it could not be read: try again
     if n := sum(bool(r['vertebrae']) for r in old.values()) - len(same): print(f'{n} studies in {store.folder} are of another stage 1, or their labels have changed: they are made again', file=sys.stderr)
     files = [u for u in same if int(same[u]['vertebrae'])]
@@ -292,13 +319,15 @@ def _room(out, jobs, kept, cls):
 def _crop_job(row, folder, path, source, folds, preset, fractured, drawn, device, one_thread):
     "Read, label, crop and write one study: its row of studies.csv"
     if one_thread: torch.set_num_threads(1)   # as many processes as cores
-    networks = source.networks(folds)
+    networks = source.networks(folds[0])
     try:
         with contextlib.redirect_stderr(io.StringIO()): volume = read_series(folder)   # no bar per study: there is one for all
     except DicomError as e: return row | dict(why=' '.join(str(e).split()))
     labels = predict_labels(networks, preset.segmentation, volume, device)
-    study = crop_study(volume, labels, preset.classification, fractured, None if drawn is None else fracture_boxes(volume, drawn))
+    boxes,where = None,[]
+    if source.yolo: boxes,where = predict_boxes(source.detectors(folds[1]), preset.detection, volume, device, labels)
+    study = crop_study(volume, labels, preset.classification, fractured, None if drawn is None else fracture_boxes(volume, drawn), boxes)
     if not study['present'].any(): return row | dict(vertebrae='0', why='stage 1 finds no vertebra in it')
     file = _pack(study)
     write_whole(path, file)
-    return row | dict(vertebrae=str(study['present'].sum()), cut=' '.join(l for l,c in zip(LEVELS, study['cut']) if c), bytes=str(len(file)), sha256=hashlib.sha256(file).hexdigest())
+    return row | dict(vertebrae=str(study['present'].sum()), from_mask=' '.join(l for l,w in zip(LEVELS, where) if w == 'mask'), cut=' '.join(l for l,c in zip(LEVELS, study['cut']) if c), bytes=str(len(file)), sha256=hashlib.sha256(file).hexdigest())

@@ -442,11 +442,12 @@ def cache_studies(
 ) -> dict:           # uid -> .safetensors
     "The training arrays of these studies, made where they are not there yet"
     from joblib import Parallel,delayed
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    data,folder = Path(data).resolve(),Path(folder).resolve()   # the processes may have been begun in another folder
+    folder.mkdir(parents=True, exist_ok=True)
     studies,paths = find_studies(data, 'train'),{u:_cached(folder, u, preset) for u in uids}
     if lost := [u for u in uids if u not in studies]:
         raise CspineError(f'{len(lost)} studies with a mask have no folder in {data}/train_images, the first is {lost[0]}')
-    masks = {u: Path(data)/'segmentations'/f'{u}.nii' for u in uids}
+    masks = {u: data/'segmentations'/f'{u}.nii' for u in uids}
     todo = [u for u in uids if not _is_cached(paths[u], _source(studies[u], masks[u]))]
     if todo:
         jobs = (delayed(_cache_job)(u, studies[u], masks[u], paths[u], preset) for u in todo)
@@ -552,7 +553,7 @@ def _one_slice(hu, preset, z):
     return three_windows(read(z)[None])[0]
 
 class SliceDataset(torch.utils.data.Dataset):
-    "Every slice of the studies, read from disk when it is wanted, with the paper's augmentation for training"
+    "Every slice of the studies, or `steps` batches of them an epoch, read from disk when it is wanted, with the paper's augmentation for training"
     def __init__(self,
         paths:list,      # of `cache_studies`
         preset:SegmentationPreset,  # stage 1 of a `Preset`
@@ -563,11 +564,13 @@ class SliceDataset(torch.utils.data.Dataset):
         self.augment = segmentation_augment(preset) if train else None
         self.index = [(p,z) for p in paths for z in range(_open(p).get_slice('hu').get_shape()[0])]
 
-    def __len__(self): return len(self.index)
+        self.drawn = (preset.steps or 0)*preset.batch if train else 0   # items of an epoch; 0: every slice once
+
+    def __len__(self): return self.drawn or len(self.index)
     def __getstate__(self): return vars(self) | dict(files={})   # a file that is open cannot be sent to another process
 
     def __getitem__(self, i):
-        path,z = self.index[i]
+        path,z = self.index[np.random.default_rng((self.seed, self.epoch, i, 1)).integers(len(self.index)) if self.drawn else i]
         f = self.files.get(path) or self.files.setdefault(path, _open(path))
         x,y = _one_slice(f.get_slice('hu'), self.preset, z),f.get_slice('labels')[z].numpy()
         if self.augment is not None:

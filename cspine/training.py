@@ -498,19 +498,21 @@ def train_classification(
     precision:str='auto',         # of `PRECISIONS`; auto: what is fastest on the device
     batch:int|None=None,          # studies per step, of all processes together; another number than the preset's
     crops:str|None=None,          # crop data set of `crop_data_set`, instead of `segmentation`
+    detection:str|None=None,      # run folder of `train_detection`, whose boxes cut the crops; None: the label map's do
 ) -> Path:                        # the run folder
     "Train stage 2 on the crops that stage 1 finds, split as stage 1 was"
     preset,data = get_preset(preset),Path(data)
     if (segmentation is None) == (crops is None): raise CspineError('stage 2 learns from crops: name either the segmentation run that cuts them, or a crop data set')
     if crops is None:
-        seg_run = read_run(segmentation)
-        if seg_run['kind'] != 'segmentation': raise CspineError(f'{segmentation} is a run of {seg_run["kind"]}; stage 2 needs one of segmentation')
-        begun,known = seg_run['preset'],read_folds(Path(segmentation)/'folds.csv')
+        begun,known = _source(segmentation, detection).preset,read_folds(Path(segmentation)/'folds.csv')
+    elif detection is not None: raise CspineError(f'{crops} holds crops that are cut; leave out the detection run, or make others with `cspine crop --detection`')
     else: begun,known = _ready(store := Crops(crops), preset)
     if epochs: preset = replace(preset, classification=replace(preset.classification, epochs=int(epochs)))
     if batch: preset = replace(preset, classification=replace(preset.classification, batch=int(batch)))
-    # the crops are of that stage 1, and so are the folds
-    preset = replace(preset, boxes='mask', **{f:getattr(begun, f) for f in ('segmentation','folds','seed')})
+    if preset.boxes == 'yolo' and begun.boxes == 'mask': print(f"preset {preset.name} cuts by YOLO's boxes; without --detection, the label map's cut", file=sys.stderr)
+    # the crops are of that stage 1 and its YOLO, and so are the folds
+    preset = replace(preset, **{f:getattr(begun, f) for f in ('segmentation','folds','seed','boxes')})
+    if preset.boxes == 'yolo': preset = replace(preset, detection=begun.detection)
     cls = preset.classification
     table = read_train(data/'train.csv')
     if crops is not None:
@@ -519,7 +521,7 @@ def train_classification(
     _dtype(precision, _place(device)[0])   # what cannot be is said now
     with _first(): out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known)
     with _first():
-        if crops is None: store = crop_data_set(data, segmentation, out/'crops'/crop_key(cls), preset, workers, fold_of=fold_of)
+        if crops is None: store = crop_data_set(data, segmentation, out/'crops'/crop_key(cls), preset, workers, fold_of=fold_of, detection=detection)
     seen = sorted(u for u in fold_of.index if u in store)   # an order that does not depend on which study was cut first
     for k in which:
         train,valid = [[u for u in seen if (fold_of[u]==k) == v] for v in (False,True)]
@@ -592,6 +594,7 @@ def _detection_job(uid, study, mask, run, k, preset, path):
 def _cache_slices(data, masked, extra, fold_at, run, folder, preset, workers):
     "uid -> .npy of the slices that YOLO learns from, made where they are not there yet"
     from joblib import Parallel,delayed
+    data,folder = data.resolve(),folder.resolve()   # the processes may have been begun in another folder
     folder.mkdir(parents=True, exist_ok=True)
     studies = find_studies(data, 'train')
     if lost := [u for u in masked if u not in studies]:

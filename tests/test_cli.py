@@ -147,7 +147,7 @@ def test_train_passes_on_what_was_asked(monkeypatch):
     d, r = Path('d'), Path('r')
     left = dict(device=None, precision='auto', batch=None)
     assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth', device='cpu', precision='fp32', batch=4, model=None, input='2.5d'),
-                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, crops=None, **left),
+                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, crops=None, detection=None, **left),
                     dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None, model=None, input=None, **left)]
 
 

@@ -11,13 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cspine import crops
 from cspine.bundle import bundle, load_bundle, random_bundle, small_preset
+from cspine.cropping import boxes_from_labels
 from cspine.detection import DetectionFigures, boxes_from_slices, build_detection, mask_note, predict_boxes
+from cspine.dicom import read_series
 from cspine.inference import Pipeline
 from cspine.phantom import make_study, phantom
 from cspine.presets import CspineError
-from cspine.rsna import folds, read_folds, read_train, write_folds
-from cspine.training import read_run, train_detection
+from cspine.rsna import folds, read_folds, read_mask, read_train, write_folds
+from cspine.training import read_run, train_classification, train_detection
 from safetensors.torch import load_file
 from test_bundle import edit, make_run
 
@@ -285,3 +288,46 @@ def test_weights_that_are_no_numbers_find_nothing():
     assert set(source) <= {'mask', ''} and mask_note(source)
     with pytest.raises(CspineError, match='no detection model'): predict_boxes([], SMALL.detection, study.volume)
     with pytest.raises(CspineError, match='same grid'): predict_boxes([net], SMALL.detection, study.volume, labels=study.labels[1:])
+
+
+def test_stage_2_learns_from_yolos_boxes(data, seg, trained, tmp_path, monkeypatch, capsys):
+    yolo, seen = trained[0]/'run', []
+
+    def boxes(models, preset, volume, device, labels):
+        "A box half as high as the vertebra, and none of C5"
+        seen.append(volume.uid)
+        assert isinstance(models[0], torch.nn.Module) and preset == SMALL.detection
+        b = boxes_from_labels(labels)
+        b[:, 1] = np.where(b[:, 0] < 0, -1, (b[:, 0]+b[:, 1]+1)//2)
+        b[4] = boxes_from_labels(labels)[4]
+        return b, ['mask' if i == 4 else 'yolo' for i in range(7)]
+    monkeypatch.setattr(crops, 'predict_labels', lambda n, p, volume, d: read_mask(data/'segmentations'/f'{volume.uid}.nii', volume))
+    monkeypatch.setattr(crops, 'predict_boxes', boxes)
+    run = train_classification(data, SMALL, seg, tmp_path/'cls', epochs=1, workers=1, detection=yolo)
+    store, = map(crops.Crops, (run/'crops').iterdir())
+    assert sorted(seen) == sorted(store.uids) and len(seen) == 4
+    assert 'YOLO finds no box of 4 of 28 vertebrae, in 4 of 4 studies' in capsys.readouterr().err
+    assert set(store.table.from_mask) == {'C5'} and read_run(run)['preset'].boxes == 'yolo'
+    volume = read_series(data/'train_images'/seen[0])
+    labels = read_mask(data/'segmentations'/f'{seen[0]}.nii', volume)
+    half = crops.crop_study(volume, labels, SMALL.classification, boxes=boxes([torch.nn.Module()], SMALL.detection, volume, 'cpu', labels)[0])
+    np.testing.assert_array_equal(store.read(seen[0])['crops'], half['crops'])
+    assert (half['crops'] != crops.crop_study(volume, labels, SMALL.classification)['crops']).any()
+
+    out = bundle([seg, yolo, run], tmp_path/'b')
+    assert load_bundle(out).preset.boxes == 'yolo'
+    seen.clear()
+    assert len(crops.crop_data_set(data, out, tmp_path/'crops', workers=1)) == len(seen) == 4   # as the bundle cuts when it predicts
+    seen.clear()
+    train_classification(data, SMALL, seg, tmp_path/'mask', epochs=1, workers=1)
+    assert not seen and read_run(tmp_path/'mask')['preset'].boxes == 'mask'
+
+
+def test_another_detection_run_is_refused(data, seg, trained, tmp_path):
+    other = tmp_path/'other'
+    shutil.copytree(trained[0]/'run', other)
+    write_folds(1-read_folds(other/'folds.csv'), other/'folds.csv')
+    with pytest.raises(CspineError, match='belong together'): train_classification(data, SMALL, seg, tmp_path/'a', detection=other)
+    with pytest.raises(CspineError, match='is a run of segmentation; crops need one of detection'): train_classification(data, SMALL, seg, tmp_path/'a', detection=seg)
+    with pytest.raises(CspineError, match='whose own boxes cut'): crops.crop_data_set(data, random_bundle(tmp_path/'b', SMALL), tmp_path/'a', detection=other)
+    assert not (tmp_path/'a').exists()

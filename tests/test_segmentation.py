@@ -193,8 +193,20 @@ def test_slices_are_read_when_they_are_wanted(tmp_path):
             assert torch.equal(x, seg._one_slice(volume.hu, preset, z))
             assert np.array_equal(maps.argmax(0), labels[z])
         assert torch.equal(pickle.loads(pickle.dumps(ds))[at][0], ds[at][0])
+        few = seg.SliceDataset([path], replace(preset, steps=30, batch=20))
+        assert len(few) == 600 and len(seg.SliceDataset([path], replace(preset, steps=30, batch=20), train=False)) == len(volume.hu)
     before = path.stat().st_mtime_ns
     assert seg.cache_studies(data, [uid], tmp_path/'cache', preset, workers=1)[uid].stat().st_mtime_ns == before
     path.write_bytes(path.read_bytes()[:1000])    # cut off: made again
     seg.cache_studies(data, [uid], tmp_path/'cache', preset, workers=1)
     assert len(seg.SliceDataset([path], preset)) == len(volume.hu)
+
+def test_processes_find_a_folder_named_from_here(tmp_path, monkeypatch):
+    "joblib's processes stay, in the folder where they were begun"
+    preset = replace(get_preset('paper').segmentation, size=32)
+    for name in ('a','b'):
+        monkeypatch.chdir((tmp_path/name).mkdir() or tmp_path/name)
+        phantom('data', train=2, test=0, size=64, seed=ord(name), odd=0)
+        uids = [p.name.removesuffix('.nii') for p in (tmp_path/name/'data'/'segmentations').glob('*.nii')]
+        paths = seg.cache_studies('data', uids, 'cache', preset, workers=2)
+        assert all(p.exists() for p in paths.values()) and len(paths) == 2
