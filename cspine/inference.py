@@ -35,6 +35,7 @@ class Prediction:
     prior:pd.Series           # the bundle's answer without evidence, indexed by TARGETS
     notes:list = field(default_factory=list)    # of the reader, then of the pipeline
     seconds:dict = field(default_factory=dict)  # wall time by step
+    boxes_from:tuple = ('',)*7                  # per vertebra: 'yolo', 'mask' (the label map, which serves where YOLO finds none) or '' (absent)
 
     def __repr__(self):
         p = ', '.join(f'{t} {v:.2f}' for t,v in self.probabilities.items())
@@ -70,14 +71,16 @@ class Pipeline:
                 raise CspineError(f'the label map has shape {labels.shape} and the volume {volume.shape}; they must be on the same grid')
             cervical,reason = has_cervical_spine(labels, volume.spacing)
         cls = b.preset.classification
-        boxes,present = np.full((7,6), -1), np.zeros(7, bool)
+        boxes,present,source = np.full((7,6), -1), np.zeros(7, bool), ['']*7
         crops = np.zeros((7, cls.slices, cls.size, cls.size), np.uint8)
         p,notes = b.prior.to_numpy(float), list(volume.notes)
         if cervical:
             if b.detection:
                 with _timed(sec, 'boxes'): boxes,source = predict_boxes(b.detection, b.preset.detection, volume, self.device, labels)
                 notes += mask_note(source)
-            else: boxes = boxes_from_labels(labels)
+            else:
+                boxes = boxes_from_labels(labels)
+                source = ['mask' if b[0] >= 0 else '' for b in boxes]
             with _timed(sec, 'crops'):
                 crops,present = crop_vertebrae(volume, boxes, cls, labels)
                 planes = crop_planes(crops, crop_masks(labels, volume.spacing, boxes, cls) if cls.mask_channel else None, cls)
@@ -88,7 +91,7 @@ class Pipeline:
             notes += said
         else: notes.append(f'no cervical spine: {reason}; the prior stands in for every answer')
         p = pd.Series(np.clip(p, EPS, 1-EPS), index=list(TARGETS), name=volume.uid)
-        return Prediction(volume.uid, p, labels, boxes, crops, present, bool(cervical), reason, b.prior, notes, sec)
+        return Prediction(volume.uid, p, labels, boxes, crops, present, bool(cervical), reason, b.prior, notes, sec, tuple(source))
 
 # %% ../nbs/22_inference.ipynb #b5d2aa4f
 def _checked(p, present, prior):

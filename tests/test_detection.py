@@ -232,6 +232,9 @@ def test_the_pipeline_cuts_by_yolos_boxes(tmp_path, monkeypatch):
     note, = [s for s in p.notes if 'YOLO' in s]
     assert note.startswith('YOLO finds no ' + ', '.join(c for c in ('C1', 'C2', 'C3', 'C4', 'C6', 'C7') if c not in absent))
     assert p.present.sum() == 8-len(absent) and 'boxes' in p.seconds
+    assert p.boxes_from == tuple('yolo' if i == 4 else 'mask' if f'C{i+1}' not in absent else '' for i in range(7))
+    p = Pipeline(random_bundle(tmp_path/'m', SMALL), device='cpu').predict(study.volume, labels=study.labels)
+    assert p.boxes_from == tuple('mask' if (study.labels == i+1).any() else '' for i in range(7))
 
 
 def scene():

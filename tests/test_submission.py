@@ -416,3 +416,22 @@ def test_a_bad_row_is_named_and_leaves_the_old_csv(tmp_path, fake_reader):
 def test_importing_the_runner_does_not_load_torch():
     code = "import cspine_submission, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
+
+
+def test_the_total_of_what_yolo_did_not_find(tmp_path, fake_reader, capsys):
+    data = tmp_path / "data"
+    for i in (1, 2, 3):
+        make(data / "test_images" / f"1.2.{i}", hu=100 * i)
+    write_test_csv(data, ["1.2.1", "1.2.2", "1.2.3"])
+
+    class Sees(FakePipeline):
+        def predict(self, volume):
+            p = super().predict(volume)
+            p.boxes_from = ("yolo", "mask", "mask", "yolo", "yolo", "yolo", "") if volume.uid != "1.2.3" else ("",) * 7
+            return p
+
+    report = submit(data, out=tmp_path / "s.csv", pipeline=Sees())
+    assert report["study"]["1.2.1"]["boxes_from"] == ["yolo", "mask", "mask", "yolo", "yolo", "yolo", ""]
+    assert "YOLO finds no box of 4 of 12 vertebrae" in capsys.readouterr().out
+    submit(data, out=tmp_path / "t.csv", pipeline=FakePipeline())
+    assert "YOLO" not in capsys.readouterr().out

@@ -199,6 +199,7 @@ def _answer(pipeline, volume, prior):
             # a study that was read with a repair is answered, but the report says so as plainly as of one that was not
             "reason": "; ".join(map(str, volume.notes)) if found else str(prediction.reason),
             "notes": [str(n) for n in prediction.notes],
+            "boxes_from": list(getattr(prediction, "boxes_from", ())),  # of C1..C7: yolo, mask or nothing
             "slices": int(volume.shape[0]),
             "probabilities": p,
         }
@@ -276,4 +277,7 @@ def _summary(report):
     lines += [f"  prior for {n}: {reason}" for reason, n in reasons.most_common(5)]
     if len(reasons) > 5:
         lines.append(f"  and {len(reasons) - 5} more reasons, in {report['report']}")
+    boxes = Counter(b for s in report["study"].values() for b in s.get("boxes_from", ()) if b)
+    if boxes["yolo"]:
+        lines.append(f"  YOLO finds no box of {boxes['mask']} of {boxes.total()} vertebrae: the label map's cut the crops")
     return "\n".join(lines)
