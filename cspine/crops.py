@@ -14,10 +14,10 @@ import imagecodecs
 import numpy as np, pandas as pd, torch
 from .cropping import boxes_from_labels,crop_masks,crop_slices,crop_vertebrae,cut_by_scan
 from .detection import predict_boxes
-from .dicom import DicomError,read_series
+from .dicom import DicomError,read_series,study_files
 from .presets import LEVELS,ClassificationPreset,CspineError,Preset,get_preset,progress
 from .rsna import find_studies,read_boxes,read_folds,read_train,validate_uid,write_whole
-from .segmentation import predict_labels
+from .segmentation import find_device,predict_labels
 
 # %% ../nbs/12_crops.ipynb #d3d4bf55
 def crop_study(
@@ -172,6 +172,8 @@ class _Source:
     yolo_weights:dict  # fold -> SHA-256 of them
     def networks(self, folds): return _networks(self.folder, self.kind, 'segmentation', tuple((k,self.weights[k]) for k in folds))
     def detectors(self, folds): return _networks(self.yolo, self.kind, 'detection', tuple((k,self.yolo_weights[k]) for k in folds))
+    @property
+    def sha256(self): return dict(sha256={str(k):v for k,v in self.weights.items()}, yolo_sha256={str(k):v for k,v in self.yolo_weights.items()})
     def folds(self, fold, weights):
         "Whose answers hold for a study of that fold: the network that has not seen it; if that is not trained, the first; all of a bundle"
         return (fold,) if fold in weights else tuple(weights)[:1] if self.kind == 'run' else tuple(weights)
@@ -211,7 +213,7 @@ def _source(bundle, detection=None):
     if detection is None: return _Source(folder, 'run', replace(preset, boxes='mask'), weights, None, {})
     yolo = Path(detection).resolve()
     its,yolo_weights = _run_weights(yolo, 'detection')
-    if its.segmentation != preset.segmentation or not read_folds(yolo/'folds.csv').equals(read_folds(folder/'folds.csv')):
+    if its.segmentation != preset.segmentation or not read_folds(yolo/'folds.csv').sort_index().equals(read_folds(folder/'folds.csv').sort_index()):
         raise CspineError(f'{detection} was trained beside another stage 1 than {bundle}, with other folds or another preset: name the two that belong together')
     return _Source(folder, 'run', replace(preset, boxes='yolo', detection=its.detection), weights, yolo, yolo_weights)
 
@@ -227,7 +229,7 @@ def crop_data_set(
     detection=None,      # run folder of YOLO trained beside that of stage 1, whose boxes cut; None: the label map's boxes, or those of the bundle's YOLO
 ) -> Crops:
     "The crops of a folder of studies on disk, made where they are not there yet; studies without a vertebra are named on stderr"
-    data,out = Path(data).resolve(),Path(out).resolve()   # the processes may have been begun in another folder
+    data,out,device = Path(data).resolve(),Path(out).resolve(),str(find_device(device))   # the processes may have been begun in another folder
     truth,source = read_train(data/'train.csv'),_source(bundle, detection)
     whole = source.preset if preset is None else replace(source.preset, classification=get_preset(preset).classification)
     if fold_of is None:
@@ -235,17 +237,22 @@ def crop_data_set(
         fold_of = pd.Series({u:fold_of.get(u, -1) for u in truth.index}, dtype=int)
     folds = {u:(source.folds(k, source.weights),source.folds(k, source.yolo_weights)) for u,k in fold_of.items()}
     made = dict(format=FORMAT, studies=len(folds), preset=whole.to_dict(), stage_1=source.kind, name=source.folder.name,
-                sha256={str(k):v for k,v in source.weights.items()},
-                yolo_sha256={str(k):v for k,v in source.yolo_weights.items()}, data=data.name)
+                **source.sha256, data=data.name)
     _begin(out, made)
-    store,studies = Crops(out),find_studies(data, 'train')
-    def key(seg, yolo):
-        made = [_fields(whole.classification), asdict(whole.segmentation), [source.weights[k] for k in seg]]
+    store = Crops(out)
+    studies = find_studies(data, 'train')
+    drawn = data/'train_bounding_boxes.csv'
+    drawn = dict(list(read_boxes(drawn).groupby('StudyInstanceUID'))) if drawn.exists() else {}
+    def key(uid):
+        seg,yolo = folds[uid]
+        made = [_fields(whole.classification), asdict(whole.segmentation), [source.weights[k] for k in seg], _files(studies.get(uid))]
         if yolo: made += [asdict(whole.detection), [source.yolo_weights[k] for k in yolo]]
+        if uid in drawn: made += [drawn[uid].to_csv(index=False)]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-    key = {f:key(*f) for f in set(folds.values())}
+    if late := sorted({int(k) for k in fold_of if k >= 0 and source.yolo_weights and source.kind == 'run' and k not in source.yolo_weights}):
+        print(f"YOLO's fold {', '.join(map(str, late))} is not trained: fold {min(source.yolo_weights)}, which has learned from their studies, cuts them", file=sys.stderr)
     blank = dict.fromkeys(_COLUMNS, '')
-    rows = {u:blank | dict(StudyInstanceUID=u, fold=str(fold_of[u]) if fold_of[u] >= 0 else '', labelled_by=' '.join(map(str, f[0])), made_from=key[f],
+    rows = {u:blank | dict(StudyInstanceUID=u, fold=str(fold_of[u]) if fold_of[u] >= 0 else '', labelled_by=' '.join(map(str, f[0])), made_from=key(u),
                            fractured=' '.join(l for l in LEVELS if truth.loc[u, l])) for u,f in folds.items()}
     kept = _still_good(store, rows)
     todo = [u for u in rows if u not in kept]
@@ -255,9 +262,6 @@ def crop_data_set(
     if jobs:
         _room(out, jobs, kept, whole.classification)
         n = min(workers or os.cpu_count() or 1, len(jobs))
-        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        drawn = data/'train_bounding_boxes.csv'
-        drawn = dict(list(read_boxes(drawn).groupby('StudyInstanceUID'))) if drawn.exists() else {}
         from joblib import Parallel,delayed
         calls = (delayed(_crop_job)(rows[u], studies[u], store.path(u), source, folds[u], whole, truth.loc[u, list(LEVELS)].to_numpy(bool), drawn.get(u), device, n > 1) for u in jobs)
         with open(out/'studies.csv', 'a', encoding='utf-8', newline='') as log:
@@ -272,6 +276,12 @@ def crop_data_set(
         from cspine.report import contact_sheet
         contact_sheet(store, view)
     return store
+
+def _files(study):
+    "Names, sizes and times of a study's files"
+    if study is None: return None
+    try: return [(str(f.relative_to(study)), (s := f.stat()).st_size, int(s.st_mtime)) for f in study_files(study)]
+    except OSError: return None   # reading it will say why
 
 def _begin(out, made):
     "The folder and its crops.json; `CspineError` if it holds anything else"
@@ -297,7 +307,7 @@ def _still_good(store, rows):
     old = {u:r for u,r in store._rows.items() if u in rows}
     same = {u:rows[u] | {k:r[k] for k in ('vertebrae','from_mask','cut','bytes','sha256','why')} for u,r in old.items()
             if r['made_from'] == rows[u]['made_from'] and r['fractured'] == rows[u]['fractured'] and r['vertebrae']}   # without a number, it could not be read: try again
-    if n := sum(bool(r['vertebrae']) for r in old.values()) - len(same): print(f'{n} studies in {store.folder} are of another stage 1, or their labels have changed: they are made again', file=sys.stderr)
+    if n := sum(bool(r['vertebrae']) for r in old.values()) - len(same): print(f'{n} studies in {store.folder} are of another stage 1, or their files or labels have changed: they are made again', file=sys.stderr)
     files = [u for u in same if int(same[u]['vertebrae'])]
     for u,good in zip(files, Parallel(4, 'threading')(delayed(store.sound)(u) for u in files)):
         if good: continue
@@ -323,7 +333,8 @@ def _crop_job(row, folder, path, source, folds, preset, fractured, drawn, device
     try:
         with contextlib.redirect_stderr(io.StringIO()): volume = read_series(folder)   # no bar per study: there is one for all
     except DicomError as e: return row | dict(why=' '.join(str(e).split()))
-    labels = predict_labels(networks, preset.segmentation, volume, device)
+    try: labels = predict_labels(networks, preset.segmentation, volume, device)
+    except CspineError as e: return row | dict(why=f'stage 1: {" ".join(str(e).split())}')
     boxes,where = None,[]
     if source.yolo: boxes,where = predict_boxes(source.detectors(folds[1]), preset.detection, volume, device, labels)
     study = crop_study(volume, labels, preset.classification, fractured, None if drawn is None else fracture_boxes(volume, drawn), boxes)

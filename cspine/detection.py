@@ -245,7 +245,7 @@ def boxes_from_slices(
         z0,z1 = a*step,shape[0] if b == len(scores) else b*step
         if total <= 0 or ((z1-z0)*dz < SHORTEST_MM and z0 > 0 and z1 < shape[0]): continue
         own = boxes[a:b,level][scores[a:b,level] > confidence]
-        k = min(1, len(own)-1)   # the second farthest
+        k = int(len(own) > 2)   # of more than two the second farthest: one slice alone moves no side
         lo,hi = np.sort(own[:,::2], 0)[k],np.sort(own[:,1::2], 0)[-1-k]
         lo,hi = np.clip(np.floor(lo), 0, shape[1:]).astype(int),np.clip(np.ceil(hi), 0, shape[1:]).astype(int)
         if (lo < hi).all(): out[level],worth[level] = [z0, z1, lo[0], hi[0], lo[1], hi[1]],total
@@ -283,15 +283,18 @@ def predict_boxes(
     device='cpu',             # torch device, e.g. 'cuda'
     labels:np.ndarray=None,   # (z, y, x) uint8 label map, whose box serves where YOLO finds none
 ):                            # (7, 6) int half open, -1 where absent; seven of 'yolo', 'mask' and '' (absent)
-    "The box of each vertebra in a scan, and where it comes from"
+    "The box of each vertebra in a scan, and where it comes from; a box that fits the label map's of another vertebra better is not that vertebra's"
     own,scores,step = predict_slices(models, preset, volume, device)
     boxes = boxes_from_slices(own, scores, step, volume.hu.shape, volume.spacing[0], preset.confidence)
     source = ['yolo' if b[0] >= 0 else '' for b in boxes]
     if labels is not None:
         from cspine.cropping import boxes_from_labels
         if labels.shape != volume.hu.shape: raise CspineError(f'the label map has shape {labels.shape} and the volume {volume.hu.shape}; they must be on the same grid')
-        for level,b in enumerate(boxes_from_labels(labels)):
-            if not source[level] and b[0] >= 0: boxes[level],source[level] = b,'mask'
+        drawn = boxes_from_labels(labels)
+        for level in range(7):
+            fits = box_iou(np.repeat(boxes[level:level+1], 7, 0), drawn)
+            if source[level] and drawn[level][0] >= 0 and np.nanmax(fits) > .3 and fits[level] < np.nanmax(fits): source[level] = ''
+            if not source[level] and drawn[level][0] >= 0: boxes[level],source[level] = drawn[level],'mask'
     return boxes,source
 
 def mask_note(

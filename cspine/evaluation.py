@@ -6,6 +6,7 @@
 __all__ = ['KNOWN_MM3', 'wrong_levels', 'surface_distances', 'evaluate_segmentation', 'summary', 'evaluate_visible', 'evaluate']
 
 # %% ../nbs/23_evaluation.ipynb #72d403c5
+import sys
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ def wrong_levels(
     truth:np.ndarray,   # the same, true
     spacing:tuple,      # (dz, dy, dx) mm
 ) -> list:              # of (true, given) names
-    "True vertebrae of which most of the bone that was found has another level's name"
+    "True C1-C7 of which most of the bone that was found has another level's name; what is not found has none: Dice and whole crops tell"
     counts = np.bincount(truth.ravel().astype(np.intp)*len(CLASSES)+labels.ravel(), minlength=len(CLASSES)**2).reshape(len(CLASSES), -1)
     out = []
     for c in range(1, len(CLASSES)-1):
@@ -75,6 +76,20 @@ def _row(labels, truth, spacing, preset):
                 vertebrae=int(big.sum()), whole_crops=int((held[big] > .999).sum()), wrong_levels=len(wrong), wrong=' '.join(f'{a}>{b}' for a,b in wrong),
                 **{f'dice_{c}':m[f'dice_{c}'] for c in CLASSES})
 
+def _study_rows(uid, folder, mask, models, preset, device, views, surfaces):
+    rows = []
+    volume = read_series(folder)
+    truth = read_mask(mask, volume)
+    for name,scan,true in _views(volume, truth) if views else [('whole', volume, truth)]:
+        if preset.segmentation.model == 'first_cascade': maps = {False:predict_labels(models, preset.segmentation, scan, device)}
+        else:
+            at,p = predict_scores(models, preset.segmentation, scan, device)
+            maps = {o:clean_labels(labels_of(at, p, scan.shape, scan.spacing, o), scan.spacing) for o in (False, True)}
+        for ordered,labels in maps.items():
+            more = dict(surface_mm=surface_distances(labels, true, scan.spacing)['mean'].mean()) if surfaces else {}
+            rows.append(dict(uid=uid, view=name, ordered=ordered) | _row(labels, true, scan.spacing, preset.classification) | more)
+    return rows
+
 def evaluate_segmentation(
     models:list,         # of stage 1, one per fold; their mean answers
     preset,              # the `Preset` they were trained with
@@ -83,19 +98,12 @@ def evaluate_segmentation(
     views:bool=True,     # besides whole studies, scans that begin or end in the middle of them
     surfaces:bool=False, # mean distance of the surfaces, mm; needs MONAI
 ) -> pd.DataFrame:       # a row per study, view and `ordered`: figures of `segmentation_metrics`, wrong levels, whole crops
-    "What stage 1 makes of studies with a mask, each voxel for itself and in the order of a spine"
+    "What stage 1 makes of studies with a mask, each voxel for itself and in the order of a spine; what cannot be read is named on stderr"
     rows = []
+    if surfaces: surface_distances(np.zeros((1,1,1)), np.zeros((1,1,1)), (1,1,1))   # without MONAI: now
     for uid,(folder,mask) in progress(list(studies.items()), 'evaluating'):
-        volume = read_series(folder)
-        truth = read_mask(mask, volume)
-        for name,scan,true in _views(volume, truth) if views else [('whole', volume, truth)]:
-            if preset.segmentation.model == 'first_cascade': maps = {False:predict_labels(models, preset.segmentation, scan, device)}
-            else:
-                at,p = predict_scores(models, preset.segmentation, scan, device)
-                maps = {o:clean_labels(labels_of(at, p, scan.shape, scan.spacing, o), scan.spacing) for o in (False, True)}
-            for ordered,labels in maps.items():
-                more = dict(surface_mm=surface_distances(labels, true, scan.spacing)['mean'].mean()) if surfaces else {}
-                rows.append(dict(uid=uid, view=name, ordered=ordered) | _row(labels, true, scan.spacing, preset.classification) | more)
+        try: rows += _study_rows(uid, folder, mask, models, preset, device, views, surfaces)
+        except CspineError as e: print(f'left out: {uid}: {" ".join(str(e).split())}', file=sys.stderr)
     return pd.DataFrame(rows)
 
 def summary(
@@ -157,6 +165,7 @@ def evaluate(
             else: rows.append(evaluate_segmentation(models, source.preset, studies, device, views, surfaces))
         if not rows: raise CspineError(f'{data} has no study with a mask that {run} has not seen')
         rows = pd.concat(rows)
+        if rows.empty: raise CspineError(f'no study of {data} can be evaluated by {run}; the reasons are above')
         every.append(rows.assign(run=run.name))
         table = summary(rows) if 'dice' in rows else rows.groupby(['view','ordered'])[['accuracy','accuracy_all_background']].mean().reset_index().assign(studies=len(rows))
         table.insert(0, 'run', run.name)

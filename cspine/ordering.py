@@ -86,7 +86,7 @@ def order_levels(
     p:np.ndarray,       # (n, 8) float: what a model gives to C1..C7, T there; any scale, a voxel's row is taken as its shares
     spacing:tuple,      # (dz, dy, dx) mm
 ) -> np.ndarray:        # (n,) uint8, 1..8
-    "The level of each voxel of bone, so that all are in the order of a spine"
+    "The level of each voxel of bone: its cell is in the order of a spine, and the voxel has the likeliest of its own and the neighbouring cells' levels"
     if len(at) == 0: return np.zeros(0, np.uint8)
     if p.shape != (len(at), len(CLASSES)-1): raise CspineError(f'order_levels needs {len(CLASSES)-1} scores for each of {len(at)} voxels, got shape {p.shape}')
     cell = np.floor((at+.5)*spacing/CELL).astype(np.int32)

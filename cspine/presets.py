@@ -143,6 +143,9 @@ class Preset:
     folds:int = 5
     seed:int = 0
 
+    def __post_init__(self):
+        if self.boxes == 'yolo' and self.classification.tilt: raise CspineError(f"preset {self.name}: a crop that is tilted follows the label map, so YOLO's boxes cannot cut it; tilt goes with boxes 'mask'")
+
     def to_dict(self) -> dict:
         "A dict that json can write"
         return _plain(asdict(self))

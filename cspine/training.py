@@ -383,16 +383,17 @@ def _origin(data):
     except (OSError,ValueError,KeyError,TypeError,AttributeError): return data.resolve().name
     return ' '.join(['cspine phantom', *(f'--{k}' if v is True else f'--{k} {v}' for k,v in asked)])
 
-def _start_run(out, kind, preset, data, table, resume, known=None):
-    "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own"
+def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None):
+    "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own; `crops_by`: the SHA-256 of what cut the crops"
     out,path = Path(out),Path(out)/'run.json'
-    d = dict(kind=kind, preset=preset.to_dict(), data=_origin(data), folds=[], seed=preset.seed, figures={})
+    d = dict(kind=kind, preset=preset.to_dict(), data=_origin(data), folds=[], seed=preset.seed, figures={}, **({'crops_by':crops_by} if crops_by else {}))
     if path.exists():
         old = read_run(out)
         if old['kind'] != kind: raise CspineError(f'{out} is a run of {old["kind"]}, not of {kind}; choose another folder')
-        same = all(getattr(old['preset'], f) == getattr(preset, f) for f in (kind,'folds','seed'))
+        of = (kind,'folds','seed') + (('boxes','segmentation')+(('detection',) if preset.boxes == 'yolo' else ()) if kind == 'classification' else ())
+        same = all(getattr(old['preset'], f) == getattr(preset, f) for f in of) and old.get('crops_by') == crops_by
         if resume and not same:
-            raise CspineError(f'{out} was begun with another preset or number of epochs; resume it with those, or choose another folder')
+            raise CspineError(f'{out} was begun with another preset or number of epochs, or on crops that other networks cut; resume it with those, or choose another folder')
         if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
         if same and known is None and (out/'folds.csv').exists(): known = read_folds(out/'folds.csv')   # what it was begun with
     elif out.exists() and (out.is_file() or any(out.iterdir())):
@@ -504,14 +505,16 @@ def train_classification(
     preset,data = get_preset(preset),Path(data)
     if (segmentation is None) == (crops is None): raise CspineError('stage 2 learns from crops: name either the segmentation run that cuts them, or a crop data set')
     if crops is None:
-        begun,known = _source(segmentation, detection).preset,read_folds(Path(segmentation)/'folds.csv')
+        if (kind := read_run(segmentation)['kind']) != 'segmentation': raise CspineError(f'{segmentation} is a run of {kind}; stage 2 needs one of segmentation')
+        source = _source(segmentation, detection)
+        begun,known,by = source.preset,read_folds(Path(segmentation)/'folds.csv'),source.sha256
     elif detection is not None: raise CspineError(f'{crops} holds crops that are cut; leave out the detection run, or make others with `cspine crop --detection`')
-    else: begun,known = _ready(store := Crops(crops), preset)
+    else: (begun,known),by = _ready(store := Crops(crops), preset),{k:v for k,v in store.made.items() if k.endswith('sha256')}
     if epochs: preset = replace(preset, classification=replace(preset.classification, epochs=int(epochs)))
     if batch: preset = replace(preset, classification=replace(preset.classification, batch=int(batch)))
     if preset.boxes == 'yolo' and begun.boxes == 'mask': print(f"preset {preset.name} cuts by YOLO's boxes; without --detection, the label map's cut", file=sys.stderr)
     # the crops are of that stage 1 and its YOLO, and so are the folds
-    preset = replace(preset, **{f:getattr(begun, f) for f in ('segmentation','folds','seed','boxes')})
+    preset = replace(preset, name=preset.name if begun.segmentation == preset.segmentation else begun.name, **{f:getattr(begun, f) for f in ('segmentation','folds','seed','boxes')})
     if preset.boxes == 'yolo': preset = replace(preset, detection=begun.detection)
     cls = preset.classification
     table = read_train(data/'train.csv')
@@ -519,7 +522,7 @@ def train_classification(
         if n := len(table) - len(table := table[table.index.isin(store.table.index)]): print(f'{n} studies of {data}/train.csv are not in {crops}, they are left out', file=sys.stderr)
     which = _which(fold, preset.folds)
     _dtype(precision, _place(device)[0])   # what cannot be is said now
-    with _first(): out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known)
+    with _first(): out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known, by)
     with _first():
         if crops is None: store = crop_data_set(data, segmentation, out/'crops'/crop_key(cls), preset, workers, fold_of=fold_of, detection=detection)
     seen = sorted(u for u in fold_of.index if u in store)   # an order that does not depend on which study was cut first
@@ -585,7 +588,7 @@ def _study_labels(study, mask, run, k, preset, device='cpu'):
 def _detection_job(uid, study, mask, run, k, preset, path):
     torch.set_num_threads(1)
     try: slices = detection_slices(*_study_labels(study, mask, run, k, preset), preset.detection)
-    except DicomError as e: return uid,str(e)
+    except CspineError as e: return uid,' '.join(str(e).split())
     part = path.with_suffix('.part')
     with open(part, 'wb') as f: np.save(f, slices)
     os.replace(part, path)
@@ -625,13 +628,15 @@ def train_detection(
     workers:int=2,                # processes that read studies
 ) -> Path:                        # the run folder
     "Train YOLOv5 on the boxes of masks, split as stage 1 was"
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise CspineError('YOLO trains in one process: begin the command with `cspine`, not with `accelerate launch`')
     preset,data,run = get_preset(preset),Path(data),Path(segmentation).resolve()
     seg_run = read_run(segmentation)
     if seg_run['kind'] != 'segmentation': raise CspineError(f'{segmentation} is a run of {seg_run["kind"]}; detection needs one of segmentation')
     if not (trained := seg_run['folds']): raise CspineError(f'{segmentation} has no trained fold yet: finish it with `cspine train segmentation ... --resume`')
     changed = {k:int(v) for k,v in dict(epochs=epochs, predicted=predicted).items() if v is not None}
     det = replace(preset.detection, **changed)
-    preset = replace(preset, detection=det, **{f:getattr(seg_run['preset'], f) for f in ('segmentation','folds','seed')})
+    begun = seg_run['preset']
+    preset = replace(preset, name=preset.name if begun.segmentation == preset.segmentation else begun.name, detection=det, **{f:getattr(begun, f) for f in ('segmentation','folds','seed')})
     build_detection(det)   # without ultralytics: now, not after the reading
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)

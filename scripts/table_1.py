@@ -17,7 +17,7 @@ import torch
 from cspine.evaluation import evaluate
 from cspine.rivals import with_model
 from cspine.segmentation import build_segmentation, find_device, segmentation_loss
-from cspine.training import _dtype, _fine_item, _step_seconds, train_segmentation
+from cspine.training import _dtype, _fine_item, _step_seconds, read_run, train_segmentation
 
 PAPER = dict(unet_efficientnet=(.999, 1.), unet_efficientnet_25d=(.980, 1.), resnet101_3d=(.82, .52), efficientnetv2=(.953, None))   # accuracy, Dice
 
@@ -52,16 +52,17 @@ def main():
     args.add_argument('out', type=Path)
     args.add_argument('--minutes', type=float, default=15)
     args.add_argument('--preset', default='tiny')
-    args.add_argument('--only', nargs='*', default=[*PAPER, 'cascade'])
+    args.add_argument('--only', nargs='*', default=[*PAPER, 'own'], help="models; own: the preset's own stage 1")
     args = args.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.only:
         run = args.out / name
-        preset = with_model(args.preset, None if name == 'cascade' else name)
+        preset = with_model(args.preset, None if name == 'own' else name)
         start = time.monotonic()
         if not (run / 'fold0' / 'model.safetensors').exists():
-            train_segmentation(args.data, in_time(preset, 60 * args.minutes), run, resume=run.exists())
+            begun = (run / 'run.json').exists()    # then with as many steps as it began with
+            train_segmentation(args.data, read_run(run)['preset'] if begun else in_time(preset, 60 * args.minutes), run, resume=begun)
         print(f'{name}: {(time.monotonic() - start) / 60:.1f} min with reading and validation', flush=True)
         logs = [pd.read_csv(f) for f in sorted(run.rglob('log.csv'))]
         table = evaluate([run], args.data, out=args.out / f'{name}.csv', views=False)
@@ -69,7 +70,7 @@ def main():
         paper = PAPER.get(name, (None, None))
         rows.append({'model': name, 'accuracy': best['accuracy'], 'all background': best['accuracy_all_background'],
                      'Dice, each voxel for itself': table.iloc[0].get('dice'), 'Dice, in order': best.get('dice'), 'wrong level': best.get('wrong_level'),
-                     'studies': best['studies'], 'minutes of training': sum(log['seconds'].sum() for log in logs) / 60,
+                     'studies': best['studies'], 'minutes with validation': sum(log['seconds'].sum() for log in logs) / 60,
                      "paper's accuracy": paper[0], "paper's Dice": paper[1]})
         pd.DataFrame(rows).to_csv(args.out / 'table_1.csv', index=False)
         print(pd.DataFrame(rows).to_markdown(index=False, floatfmt='.3f', missingval='-'), flush=True)

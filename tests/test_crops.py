@@ -335,6 +335,35 @@ def test_what_changed_is_made_again(made, calls, tmp_path):
     assert len(calls) == len(before) == 5
 
 
+def test_other_files_or_boxes_are_other_crops(made, calls, tmp_path):
+    data = tmp_path/'data'
+    shutil.copytree(made.data, data)
+    crop_data_set(data, made.bundle, tmp_path/'c', workers=1)
+    boxes = pd.read_csv(data/'train_bounding_boxes.csv', dtype={'StudyInstanceUID': str})
+    moved, left = boxes.StudyInstanceUID.iloc[0], uids(data)
+    cut = next(u for u in left if u != moved)
+    for f in list((data/'train_images'/cut).iterdir())[::2]: f.unlink()                  # half of its slices
+    boxes.loc[boxes.StudyInstanceUID == moved, 'height'] += 3
+    boxes.to_csv(data/'train_bounding_boxes.csv', index=False)
+    del calls[:]
+    crop_data_set(data, made.bundle, tmp_path/'c', workers=1)
+    assert sorted(calls) == sorted([moved, cut])
+    del calls[:]
+    crop_data_set(data, made.bundle, tmp_path/'c', workers=1)
+    assert not calls
+
+
+def test_a_study_that_stage_1_refuses_does_not_stop_the_others(made, calls, tmp_path, monkeypatch):
+    answer, bad = module.predict_labels, uids(made.data)[1]
+
+    def refuse(n, p, volume, d):
+        if volume.uid == bad: raise CspineError('the scan spans\n3 m')
+        return answer(n, p, volume, d)
+    monkeypatch.setattr(module, 'predict_labels', refuse)
+    crops = crop_data_set(made.data, made.bundle, tmp_path/'c', workers=1)
+    assert len(crops) == 4 and crops.left_out == {bad: 'stage 1: the scan spans 3 m'}
+
+
 def test_two_processes_make_the_same(made, tmp_path):
     "With the random network's own label maps, since the processes are others'"
     one, two = (crop_data_set(made.data, made.bundle, tmp_path/f'{n}', workers=n) for n in (1, 2))
@@ -368,6 +397,8 @@ def test_it_says_beforehand_what_cannot_fit(made, calls, tmp_path, monkeypatch):
 
 
 def test_it_refuses(made, calls, tmp_path):
+    with pytest.raises(CspineError, match="no.* of that name"): crop_data_set(made.data, made.bundle, tmp_path/'none', device='abacus')
+    assert not (tmp_path/'none').exists()
     crop_data_set(made.data, made.bundle, tmp_path/'c', workers=1)
     with pytest.raises(CspineError, match='another preset .slices 6, not 30; size 48, not 256;'): crop_data_set(made.data, made.bundle, tmp_path/'c', preset='paper')
     (tmp_path/'thesis').mkdir()

@@ -111,7 +111,7 @@ def test_a_run_that_was_cut_off_ends_the_same(data, seg, trained, tmp_path, monk
     train_detection(data, SMALL, seg, tmp_path/'run', resume=True, workers=1)
     whole, cut_off = (load_file(r/'fold0'/'model.safetensors') for r in (trained[0]/'run', tmp_path/'run'))
     for k, v in whole.items(): torch.testing.assert_close(cut_off[k], v, rtol=1e-3, atol=1e-4)
-    with pytest.raises(CspineError, match='another preset or number of epochs'):
+    with pytest.raises(CspineError, match='another preset, number of epochs'):
         train_detection(data, SMALL, seg, tmp_path/'run', resume=True, epochs=5)
 
 
@@ -317,6 +317,7 @@ def test_stage_2_learns_from_yolos_boxes(data, seg, trained, tmp_path, monkeypat
     np.testing.assert_array_equal(store.read(seen[0])['crops'], half['crops'])
     assert (half['crops'] != crops.crop_study(volume, labels, SMALL.classification)['crops']).any()
 
+    with pytest.raises(CspineError, match='crops that other networks cut'): train_classification(data, SMALL, seg, run, epochs=1, workers=1, resume=True)
     out = bundle([seg, yolo, run], tmp_path/'b')
     assert load_bundle(out).preset.boxes == 'yolo'
     seen.clear()
@@ -324,6 +325,36 @@ def test_stage_2_learns_from_yolos_boxes(data, seg, trained, tmp_path, monkeypat
     seen.clear()
     train_classification(data, SMALL, seg, tmp_path/'mask', epochs=1, workers=1)
     assert not seen and read_run(tmp_path/'mask')['preset'].boxes == 'mask'
+
+
+def test_a_box_that_fits_another_vertebra_is_not_taken(monkeypatch):
+    "YOLO calls C4 by the name of C3 and sees nothing else: the label map's boxes, each vertebra once"
+    study = make_study(6, size=64)
+    drawn = boxes_from_labels(study.labels)
+    assert (drawn[2:4] >= 0).all()
+    boxes = np.full((7, 6), -1)
+    boxes[2] = drawn[3]
+    monkeypatch.setattr('cspine.detection.predict_slices', lambda *a: (None, None, 1))
+    monkeypatch.setattr('cspine.detection.boxes_from_slices', lambda *a: boxes.copy())
+    got, source = predict_boxes([], SMALL.detection, study.volume, 'cpu', study.labels)
+    np.testing.assert_array_equal(got, drawn)
+    assert set(source) <= {'mask', ''}
+    boxes[2] = drawn[2]+[1, 1, 0, 0, 2, 2]      # its own, a little off, stays
+    got, source = predict_boxes([], SMALL.detection, study.volume, 'cpu', study.labels)
+    np.testing.assert_array_equal(got[2], boxes[2])
+    assert source[2] == 'yolo' and source[3] == 'mask'
+
+
+def test_two_slices_make_a_union():
+    boxes, scores = np.zeros((2, 7, 4)), np.zeros((2, 7))
+    boxes[:, 3], scores[:, 3] = [[0, 10, 10, 20], [12, 20, 15, 30]], .8
+    assert boxes_from_slices(boxes, scores, 1, (2, 64, 64), 3., .25)[3].tolist() == [0, 2, 0, 20, 10, 30]
+
+
+def test_yolo_is_refused_where_it_cannot_serve(data, seg, tmp_path, monkeypatch):
+    with pytest.raises(CspineError, match='tilt'): replace(YOLO, classification=replace(YOLO.classification, tilt=True))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(CspineError, match='one process'): train_detection(data, SMALL, seg, tmp_path/'run')
 
 
 def test_another_detection_run_is_refused(data, seg, trained, tmp_path):

@@ -210,3 +210,32 @@ def test_processes_find_a_folder_named_from_here(tmp_path, monkeypatch):
         uids = [p.name.removesuffix('.nii') for p in (tmp_path/name/'data'/'segmentations').glob('*.nii')]
         paths = seg.cache_studies('data', uids, 'cache', preset, workers=2)
         assert all(p.exists() for p in paths.values()) and len(paths) == 2
+
+def test_a_piece_joined_to_another_vertebra_is_that_ones():
+    "The spinous process of C6, named C7; two bodies that only touch in their joints keep their names"
+    truth = np.zeros((60,70,40), np.uint8)
+    truth[5:20,5:25,5:35] = truth[8:14,25:60,15:25] = 6          # body and process
+    truth[28:43,5:25,5:35] = truth[31:37,25:60,15:25] = 7
+    truth[20:28,22:25,5:9] = 6                                    # a joint: it touches C7
+    truth[50:58,5:25,5:35] = truth[54:58,40:60,15:25] = 8         # T1, two pieces
+    truth[43:50,22:25,5:9] = 7
+    labels = truth.copy()
+    labels[8:14,45:60,15:25] = 7                                  # 900 mm3 of C6's process; C7's own is apart from it
+    labels[31:37,50:60,15:25] = 8
+    labels[8:10,30:32,15:17] = 5                                  # and a speck
+    assert np.array_equal(seg.clean_labels(labels, (1.,1.,1.)), truth)
+    assert np.array_equal(labels[8:14,45:60,15:25], np.full((6,15,10), 7))   # what came in stays as it was
+    assert np.array_equal(seg.clean_labels(truth, (1.,1.,1.)), truth)
+
+@pytest.mark.parametrize('spacing', [(1.,1.,1.), (3.,.5,.5)])
+def test_contact_is_measured_in_mm(spacing):
+    "The same piece in mm is the same vertebra's, whatever the voxels"
+    def n(*mm): return tuple(round(a/b) for a,b in zip(mm, spacing))
+    def box(labels, c, a, b): labels[tuple(slice(i, j) for i,j in zip(n(*a), n(*b)))] = c
+    for wide,level in ((9, 4), (3, 0)):                          # a contact of 9 x 9 mm is a part of C4, one of 3 x 3 mm is not
+        labels = np.zeros(n(60, 60, 60), np.uint8)
+        box(labels, 4, (0,0,0), (15,30,30))
+        box(labels, 5, (45,0,0), (60,30,30))
+        box(labels, 4, (6,30,6), (6+wide,36,6+wide))
+        box(labels, 5, (6,36,6), (18,48,18))
+        assert (seg.clean_labels(labels, spacing)[tuple(slice(i, j) for i,j in zip(n(6,36,6), n(18,48,18)))] == level).all()

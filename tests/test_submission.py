@@ -430,7 +430,9 @@ def test_the_total_of_what_yolo_did_not_find(tmp_path, fake_reader, capsys):
             p.boxes_from = ("yolo", "mask", "mask", "yolo", "yolo", "yolo", "") if volume.uid != "1.2.3" else ("",) * 7
             return p
 
-    report = submit(data, out=tmp_path / "s.csv", pipeline=Sees())
+    sees = Sees()
+    sees.bundle = SimpleNamespace(path=tmp_path, prior=None, detection=["a network"])
+    report = submit(data, out=tmp_path / "s.csv", pipeline=sees)
     assert report["study"]["1.2.1"]["boxes_from"] == ["yolo", "mask", "mask", "yolo", "yolo", "yolo", ""]
     assert "YOLO finds no box of 4 of 12 vertebrae" in capsys.readouterr().out
     submit(data, out=tmp_path / "t.csv", pipeline=FakePipeline())

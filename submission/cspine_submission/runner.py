@@ -199,12 +199,16 @@ def _answer(pipeline, volume, prior):
             # a study that was read with a repair is answered, but the report says so as plainly as of one that was not
             "reason": "; ".join(map(str, volume.notes)) if found else str(prediction.reason),
             "notes": [str(n) for n in prediction.notes],
-            "boxes_from": list(getattr(prediction, "boxes_from", ())),  # of C1..C7: yolo, mask or nothing
+            "boxes_from": list(prediction.boxes_from) if _has_yolo(pipeline) else [],  # of C1..C7: yolo, mask or nothing
             "slices": int(volume.shape[0]),
             "probabilities": p,
         }
     except BaseException as e:  # noqa: BLE001, a library's SystemExit too
         return _stand_in(prior, why(e), volume)
+
+
+def _has_yolo(pipeline):
+    return bool(getattr(getattr(pipeline, "bundle", None), "detection", None))
 
 
 def _predict(pipeline, volume):
@@ -278,6 +282,6 @@ def _summary(report):
     if len(reasons) > 5:
         lines.append(f"  and {len(reasons) - 5} more reasons, in {report['report']}")
     boxes = Counter(b for s in report["study"].values() for b in s.get("boxes_from", ()) if b)
-    if boxes["yolo"]:
+    if boxes:
         lines.append(f"  YOLO finds no box of {boxes['mask']} of {boxes.total()} vertebrae: the label map's cut the crops")
     return "\n".join(lines)
