@@ -90,7 +90,7 @@ def _collect(runs):
         run,preset,found = _read_run(folder)
         kind = run['kind']
         if first is None: first = folder,preset
-        if (preset.name,_recipe(preset)) != (first[1].name,_recipe(first[1])):
+        if _recipe(preset) != _recipe(first[1]):
             raise CspineError(f'{folder} (preset {preset.name}) and {first[0]} (preset {first[1].name}) were trained '
                               'with different presets; train both stages with the same one')
         if twice := sorted(set(files[kind]) & set(found)):

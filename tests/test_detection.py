@@ -327,6 +327,22 @@ def test_stage_2_learns_from_yolos_boxes(data, seg, trained, tmp_path, monkeypat
     assert not seen and read_run(tmp_path/'mask')['preset'].boxes == 'mask'
 
 
+def test_a_rival_of_stage_1_comes_into_a_bundle(data, tmp_path, monkeypatch):
+    "Its run has a preset of its own name; stage 2 takes that name over"
+    rival = replace(SMALL, name='small-rival', segmentation=replace(SMALL.segmentation, low_widths=(4, 12)))
+    make_run(tmp_path/'seg', 'segmentation', rival)
+    write_folds(folds(read_train(data/'train.csv'), 2, 0), tmp_path/'seg'/'folds.csv')
+    monkeypatch.setattr(crops, 'predict_labels', lambda n, p, volume, d: read_mask(data/'segmentations'/f'{volume.uid}.nii', volume))
+    run = train_classification(data, SMALL, tmp_path/'seg', tmp_path/'cls', epochs=1, workers=1)
+    b = load_bundle(bundle([tmp_path/'seg', run], tmp_path/'b'))
+    assert b.preset.segmentation == rival.segmentation and b.preset.name == 'small-rival'
+    other = replace(rival, segmentation=replace(rival.segmentation, low_widths=(4, 16)))
+    make_run(tmp_path/'other', 'segmentation', other)
+    write_folds(folds(read_train(data/'train.csv'), 2, 0), tmp_path/'other'/'folds.csv')
+    with pytest.raises(CspineError, match='crops that other networks cut'):      # another stage 1 in the middle of a run
+        train_classification(data, SMALL, tmp_path/'other', run, epochs=1, workers=1, resume=True)
+
+
 def test_a_box_that_fits_another_vertebra_is_not_taken(monkeypatch):
     "YOLO calls C4 by the name of C3 and sees nothing else: the label map's boxes, each vertebra once"
     study = make_study(6, size=64)
