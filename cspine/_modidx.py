@@ -179,6 +179,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cspine.crops._Source': ('crops.html#_source', 'cspine/crops.py'),
                               'cspine.crops._Source.detectors': ('crops.html#_source.detectors', 'cspine/crops.py'),
                               'cspine.crops._Source.folds': ('crops.html#_source.folds', 'cspine/crops.py'),
+                              'cspine.crops._Source.labels': ('crops.html#_source.labels', 'cspine/crops.py'),
+                              'cspine.crops._Source.mask': ('crops.html#_source.mask', 'cspine/crops.py'),
                               'cspine.crops._Source.networks': ('crops.html#_source.networks', 'cspine/crops.py'),
                               'cspine.crops._Source.sha256': ('crops.html#_source.sha256', 'cspine/crops.py'),
                               'cspine.crops._begin': ('crops.html#_begin', 'cspine/crops.py'),

@@ -132,14 +132,15 @@ def crop_data_set(
     bundle: Annotated[Path | None, Option(metavar='BUNDLE|RUN', help='What labels the studies: a bundle, or a run folder of stage 1, whose folds then label the studies '
                                           'that they have not seen; without it, the demo bundle.', show_default=False)] = None,
     detection: Detection = None,
-    preset: Annotated[str | None, Option(metavar='NAME', help="Preset whose stage 2 says how to cut; without it, the bundle's own.", show_default=False)] = None,
+    masks: Annotated[bool, Option('--masks', help='The masks in --data, segmentations/, cut; no bundle is asked.')] = False,
+    preset: Annotated[str | None, Option(metavar='NAME', help="Preset whose stage 2 says how to cut; without it, the bundle's own, or tiny.", show_default=False)] = None,
     workers: Annotated[int | None, Option(min=1, metavar='N', help='Processes; without it, one per core.', show_default=False)] = None,
     device: Device = None,
     view: Annotated[Path | None, Option(callback=_new_file, metavar='PNG', help='Contact sheet to write: slices of a few studies.', show_default=False)] = None,
 ):
     "Cut the vertebrae out of every study, once: what stage 2 trains on."
     from cspine.crops import crop_data_set
-    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view, detection=detection)
+    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view, detection=detection, masks=masks)
     print(f'crops: {crops.folder}, {len(crops)} of {crops.made["studies"]} studies, {crops.bytes/1e6:.0f} MB')
     if view is not None: print(f'view: {view}')
     return crops

@@ -16,7 +16,7 @@ from .cropping import boxes_from_labels,crop_masks,crop_slices,crop_vertebrae,cu
 from .detection import predict_boxes
 from .dicom import DicomError,read_series,study_files
 from .presets import LEVELS,ClassificationPreset,CspineError,Preset,get_preset,progress
-from .rsna import find_studies,read_boxes,read_folds,read_train,validate_uid,write_whole
+from .rsna import find_studies,read_boxes,read_folds,read_mask,read_train,validate_uid,write_whole
 from .segmentation import find_device,predict_labels
 
 # %% ../nbs/12_crops.ipynb #d3d4bf55
@@ -163,9 +163,9 @@ _AGAIN = 'the command that made the crop data set, given again, makes this study
 # %% ../nbs/12_crops.ipynb #1a6bae1f
 @dataclass(frozen=True)
 class _Source:
-    "What cuts the crops, of runs or a bundle, as the processes that make them are told of it"
+    "What cuts the crops, of runs, a bundle or masks, as the processes that make them are told of it"
     folder:Path
-    kind:str           # 'run' or 'bundle'
+    kind:str           # 'run', 'bundle' or 'masks'
     preset:Preset
     weights:dict       # fold -> SHA-256 of stage 1's weights
     yolo:Path          # where YOLO's weights lie: a run, or the bundle; None: the label map's boxes cut
@@ -177,6 +177,12 @@ class _Source:
     def folds(self, fold, weights):
         "Whose answers hold for a study of that fold: the network that has not seen it; if that is not trained, the first; all of a bundle"
         return (fold,) if fold in weights else tuple(weights)[:1] if self.kind == 'run' else tuple(weights)
+    def mask(self, uid): return self.folder/f'{uid}.nii' if self.kind == 'masks' else None
+    def labels(self, uid, volume, folds, preset, device):
+        "The label map of a study, true or predicted; `CspineError` if it cannot be had"
+        if self.kind == 'masks': return read_mask(self.mask(uid), volume)
+        try: return predict_labels(self.networks(folds), preset.segmentation, volume, device)
+        except CspineError as e: raise CspineError(f'stage 1: {e}') from None
 
 @lru_cache(maxsize=16)
 def _networks(folder, kind, part, folds):
@@ -221,16 +227,19 @@ def crop_data_set(
     data,                # folder in the competition's layout
     bundle,              # bundle, or run folder of stage 1, whose label maps cut the crops; None: the demo bundle
     out,                 # folder to make; an unfinished or damaged one is completed
-    preset=None,         # name, or a Preset, whose stage 2 says how to cut; None: that of `bundle`
+    preset=None,         # name, or a Preset, whose stage 2 says how to cut; None: that of `bundle`, or tiny
     workers:int=None,    # processes; None: one per core
     device:str=None,     # torch device of stage 1; None: a GPU where there is one
     view=None,           # PNG to write, of `report.contact_sheet`
     fold_of=None,        # uid -> fold, the studies wanted; None: those of train.csv, with the folds of the run
     detection=None,      # run folder of YOLO trained beside that of stage 1, whose boxes cut; None: the label map's boxes, or those of the bundle's YOLO
+    masks:bool=False,    # the masks in data/segmentations cut, and no bundle; a study without one is left out
 ) -> Crops:
     "The crops of a folder of studies on disk, made where they are not there yet; studies without a vertebra are named on stderr"
     data,out,device = Path(data).resolve(),Path(out).resolve(),str(find_device(device))   # the processes may have been begun in another folder
-    truth,source = read_train(data/'train.csv'),_source(bundle, detection)
+    if masks and not (bundle is None and detection is None): raise CspineError('either masks or networks cut the crops: leave out the masks, or the bundle and the detection run')
+    truth = read_train(data/'train.csv')
+    source = _Source(data/'segmentations', 'masks', replace(get_preset(preset or 'tiny'), boxes='mask'), {}, None, {}) if masks else _source(bundle, detection)
     whole = source.preset if preset is None else replace(source.preset, classification=get_preset(preset).classification)
     if fold_of is None:
         fold_of = read_folds(source.folder/'folds.csv') if source.kind == 'run' else pd.Series(dtype=int)
@@ -248,6 +257,7 @@ def crop_data_set(
         made = [_fields(whole.classification), asdict(whole.segmentation), [source.weights[k] for k in seg], _files(studies.get(uid))]
         if yolo: made += [asdict(whole.detection), [source.yolo_weights[k] for k in yolo]]
         if uid in drawn: made += [drawn[uid].to_csv(index=False)]
+        if masks and (mask := source.mask(uid)).exists(): made += [mask.stat().st_size, mask.stat().st_mtime_ns]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
     if late := sorted({int(k) for k in fold_of if k >= 0 and source.yolo_weights and source.kind == 'run' and k not in source.yolo_weights}):
         print(f"YOLO's fold {', '.join(map(str, late))} is not trained: fold {min(source.yolo_weights)}, which has learned from their studies, cuts them", file=sys.stderr)
@@ -257,8 +267,10 @@ def crop_data_set(
     kept = _still_good(store, rows)
     todo = [u for u in rows if u not in kept]
     for u in set(todo) - set(studies): rows[u]['why'] = 'it has no folder in train_images'
-    jobs = [u for u in todo if u in studies]
-    write_whole(out/'studies.csv', _lines([dict(zip(_COLUMNS, _COLUMNS)), *kept.values(), *(rows[u] for u in todo if u not in studies)]))
+    for u in set(todo) & set(studies):
+        if masks and not source.mask(u).exists(): rows[u]['why'] = 'it has no mask in segmentations'
+    jobs = [u for u in todo if not rows[u]['why']]
+    write_whole(out/'studies.csv', _lines([dict(zip(_COLUMNS, _COLUMNS)), *kept.values(), *(rows[u] for u in todo if rows[u]['why'])]))
     if jobs:
         _room(out, jobs, kept, whole.classification)
         n = min(workers or os.cpu_count() or 1, len(jobs))
@@ -329,16 +341,15 @@ def _room(out, jobs, kept, cls):
 def _crop_job(row, folder, path, source, folds, preset, fractured, drawn, device, one_thread):
     "Read, label, crop and write one study: its row of studies.csv"
     if one_thread: torch.set_num_threads(1)   # as many processes as cores
-    networks = source.networks(folds[0])
     try:
         with contextlib.redirect_stderr(io.StringIO()): volume = read_series(folder)   # no bar per study: there is one for all
     except DicomError as e: return row | dict(why=' '.join(str(e).split()))
-    try: labels = predict_labels(networks, preset.segmentation, volume, device)
-    except CspineError as e: return row | dict(why=f'stage 1: {" ".join(str(e).split())}')
+    try: labels = source.labels(row['StudyInstanceUID'], volume, folds[0], preset, device)
+    except CspineError as e: return row | dict(why=' '.join(str(e).split()))
     boxes,where = None,[]
     if source.yolo: boxes,where = predict_boxes(source.detectors(folds[1]), preset.detection, volume, device, labels)
     study = crop_study(volume, labels, preset.classification, fractured, None if drawn is None else fracture_boxes(volume, drawn), boxes)
-    if not study['present'].any(): return row | dict(vertebrae='0', why='stage 1 finds no vertebra in it')
+    if not study['present'].any(): return row | dict(vertebrae='0', why='its mask holds no vertebra' if source.kind == 'masks' else 'stage 1 finds no vertebra in it')
     file = _pack(study)
     write_whole(path, file)
     return row | dict(vertebrae=str(study['present'].sum()), from_mask=' '.join(l for l,w in zip(LEVELS, where) if w == 'mask'), cut=' '.join(l for l,c in zip(LEVELS, study['cut']) if c), bytes=str(len(file)), sha256=hashlib.sha256(file).hexdigest())

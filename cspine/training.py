@@ -547,7 +547,8 @@ def _ready(store, preset):
     cls,had = preset.classification,store.preset.classification
     if other := [f'{f} {getattr(had, f)}, not {getattr(cls, f)}' for f in CROP_FIELDS if getattr(had, f) != getattr(cls, f)]:
         raise CspineError(f'the crops in {store.folder} do not suit preset {preset.name} ({"; ".join(other)}): make others with `cspine crop --preset {preset.name}`')
-    if store.made.get('stage_1') != 'run': print(f'{store.folder} was cut by a bundle, which may have been trained on these studies: figures on others may be worse', file=sys.stderr)
+    if store.made.get('stage_1') == 'masks': print(f'{store.folder} was cut by masks: stage 2 does not see what stage 1 gets wrong', file=sys.stderr)
+    elif store.made.get('stage_1') != 'run': print(f'{store.folder} was cut by a bundle, which may have been trained on these studies: figures on others may be worse', file=sys.stderr)
     known = store.fold_of
     return store.preset,known if len(known) else None
 

@@ -74,7 +74,7 @@ def test_spelling_of_the_options():
               'train segmentation': '--data --preset --out --fold --epochs --resume --weights --model --input',
               'train detection': '--data --preset --segmentation --out --fold --epochs --resume --predicted',
               'train classification': '--data --preset --segmentation --crops --out --fold --epochs --resume --weights',
-              'crop': '--data --bundle --out --preset --workers --device --view',
+              'crop': '--data --bundle --masks --out --preset --workers --device --view',
               'submit': '--data --bundle --out', 'score': '--truth --submission', 'evaluate': '--data --out --views --surfaces', 'rivals': '', 'presets': ''}
     assert set(wanted) == set(COMMANDS)
     for command, options in wanted.items():

@@ -6,6 +6,7 @@ from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -277,6 +278,33 @@ def test_it_holds_what_the_studies_gave(made, calls, tmp_path, capsys):
     size = sum(f.stat().st_size for f in (tmp_path/'c'/'studies').iterdir())
     assert size == crops.bytes < module._SHARE*5*7*6*48*48*1.1 + 5*4000   # about what was told; small crops have their overhead
     with pytest.raises(CspineError, match='has no crops of study 1.2.3'): crops.read('1.2.3')
+
+
+def test_masks_cut_instead_of_a_bundle(made, calls, tmp_path, capsys):
+    "The crops of a network that answers with the truth; a study without a mask is named, a new mask is seen"
+    data = shutil.copytree(made.data, tmp_path/'data')
+    want = crop_data_set(data, made.bundle, tmp_path/'b', workers=1)
+    del calls[:]
+    gone, empty, new = want.uids[:3]
+    (data/'segmentations'/f'{gone}.nii').rename(tmp_path/'kept.nii')
+    crops = crop_data_set(data, None, tmp_path/'c', SMALL, workers=1, masks=True)
+    assert not calls and crops.uids and set(crops.uids) == set(want.uids) - {gone} and crops.left_out == {gone: 'it has no mask in segmentations'}
+    assert f'left out: {gone}: it has no mask' in capsys.readouterr().err
+    for uid in crops.uids: same(crops.read(uid), want.read(uid))
+    assert crops.made['stage_1'] == 'masks' and crops.made['sha256'] == {} and not len(crops.fold_of)
+    when = {u: crops.path(u).stat().st_mtime_ns for u in crops.uids}
+    (tmp_path/'kept.nii').rename(data/'segmentations'/f'{gone}.nii')
+    for uid, change in ((empty, lambda m: m*0), (new, lambda m: np.where(m == 2, 0, m))):
+        file = data/'segmentations'/f'{uid}.nii'
+        mask = nib.load(file)
+        nib.save(nib.Nifti1Image(change(np.asarray(mask.dataobj)).astype(np.uint8), mask.affine), file)
+    crops = crop_data_set(data, None, tmp_path/'c', SMALL, workers=1, masks=True)
+    assert set(crops.uids) == set(want.uids) - {empty} and crops.left_out == {empty: 'its mask holds no vertebra'}
+    assert not crops.read(new)['present'][1] and want.read(new)['present'][1]
+    assert {u for u in crops.uids if when.get(u) == crops.path(u).stat().st_mtime_ns} == set(want.uids) - {gone, empty, new}
+    for more in (dict(bundle=made.bundle), dict(bundle=None, detection='run')):
+        with pytest.raises(CspineError, match='either masks or networks cut'): crop_data_set(data, out=tmp_path/'d', masks=True, **more)
+    with pytest.raises(CspineError, match='preset|begun'): crop_data_set(data, None, tmp_path/'c', 'tiny', masks=True)
 
 
 def test_killed_it_goes_on(made, calls, tmp_path, monkeypatch, capsys):
