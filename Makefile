@@ -25,7 +25,7 @@ need = @if $(MAKE) -q $(1) >/dev/null 2>&1; then echo "reusing $(2)"; else $(MAK
 
 submission:
 	$(call need,$(VENV)/base.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
-	$(BIN)/cspine phantom $(DATA) --train 0 --test $(TEST_STUDIES) --size 256 --seed $(TEST_SEED) --simple
+	$(BIN)/cspine phantom $(DATA) --train 0 --test $(TEST_STUDIES) --size 256 --seed $(TEST_SEED)
 	$(BIN)/cspine submit --data $(DATA) --out $(CSV) --truth $(DATA)/test_truth.csv --page $(PAGE)
 	$(BIN)/cspine score --truth $(DATA)/test_truth.csv --submission $(CSV)
 	@printf '\nsubmission     %s\npage           %s\n' $(CSV) $(PAGE)
@@ -82,16 +82,15 @@ $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
-# Trains a demo bundle, and puts the figures on the 40 studies held out here into its card. The one in cspine/demo_bundle is older: this target
-# made it at commit da96d88, from easier phantoms, with the network of cspine.first_cascade.
+# Trains the demo bundle, and puts the figures on the 40 studies held out here into its card.
 # Stage 1 learns on necks at the competition's prevalence, stage 2 on others that are broken more often (more to learn from).
 DEMO := build/demo
 demo-bundle: $(VENV)/test.stamp $(VENV)/code.stamp
 	$(BIN)/cspine phantom $(DEMO)/masks --train 240 --test 40 --size 256 --seed $(DEMO_SEED)
 	$(BIN)/cspine phantom $(DEMO)/fractures --train 320 --test 0 --size 256 --seed 2000 --rate 2.5
 	$(BIN)/cspine train segmentation --data $(DEMO)/masks --preset tiny --fold 0 --resume --out $(DEMO)/segmentation
-	$(BIN)/cspine train classification --data $(DEMO)/fractures --preset tiny --fold 0 --resume --out $(DEMO)/classification \
-	    --segmentation $(DEMO)/segmentation
+	$(BIN)/cspine crop --data $(DEMO)/fractures --masks --preset tiny --out $(DEMO)/crops
+	$(BIN)/cspine train classification --data $(DEMO)/fractures --crops $(DEMO)/crops --preset tiny --fold 0 --resume --out $(DEMO)/classification
 	$(BIN)/cspine bundle $(DEMO)/segmentation $(DEMO)/classification --out cspine/demo_bundle
 	$(BIN)/python scripts/evaluate.py $(DEMO)/masks cspine/demo_bundle --write
 

@@ -247,7 +247,7 @@ def load_bundle(
     if path is None:
         if not (folder/'bundle.json').exists():
             raise CspineError('this installation has no demo bundle; name one with --bundle, or train one (cspine train, cspine bundle)')
-        print('using the demo bundle that comes with cspine, trained on the phantoms of `cspine phantom --simple`: a demonstration, never a diagnosis', file=sys.stderr)
+        print('using the demo bundle that comes with cspine, trained on the phantoms of `cspine phantom`: a demonstration, never a diagnosis', file=sys.stderr)
     if not folder.is_dir(): raise CspineError(f'there is no bundle folder {folder}; check --bundle')
     meta = _read_json(folder/'bundle.json', 'bundle')
     if meta.get('format') != FORMAT:

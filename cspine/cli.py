@@ -20,7 +20,7 @@ from .presets import CspineError
 # Plain text: help that reads the same on a narrow terminal, in a log and in a test
 _style = dict(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 app = Typer(add_completion=False, help='Cervical spine fractures on CT: from a folder of scans to a submission.csv.',
-            epilog='Example: cspine phantom data --simple, then cspine submit --data data', **_style)
+            epilog='Example: cspine phantom data, then cspine submit --data data', **_style)
 train_app = Typer(help='Train a stage; a run can be stopped and goes on with --resume.',
                   epilog='Example: cspine train segmentation --data data --preset tiny --out runs/seg', **_style)
 app.add_typer(train_app, name='train')
@@ -69,11 +69,10 @@ def phantom(
     seed: Annotated[int, Option(min=0, metavar='N', help='The same seed gives the same bytes.')] = 1,
     rate: Annotated[float, Option(metavar='R', help="Fractures in the train studies, as a multiple of the competition's prevalence.")] = 1.,
     odd: Annotated[float, Option(min=0, max=1, metavar='SHARE', help='Studies whose folder is odd in some way: tilted, gaps, several series, ...')] = .15,
-    simple: Annotated[bool, Option('--simple', help='Easier necks in plain folders, the only ones that the demo bundle has learned.')] = False,
 ) -> Path:
     "Make synthetic studies in the competition's layout."
     from cspine.phantom import phantom
-    out = phantom(out, train=train, test=test, size=size, seed=seed, rate=rate, odd=odd, simple=simple)
+    out = phantom(out, train=train, test=test, size=size, seed=seed, rate=rate, odd=odd)
     print(f'{out}: {train} studies to train on, {test} to predict')
     return out
 

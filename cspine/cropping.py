@@ -177,12 +177,15 @@ def crop_vertebrae(
     if (preset.isolate or preset.tilt) and (labels is None or labels.shape != volume.hu.shape):
         what = 'show one vertebra alone' if preset.isolate else 'turn with the vertebra'
         raise CspineError(f'crops of this preset {what}: a label map of shape {volume.hu.shape} is needed, got {None if labels is None else labels.shape}')
+    boxes = np.array(boxes)
+    present = _present(boxes) & (boxes[:,::2] < volume.hu.shape).all(1)   # a box beyond the scan holds nothing
+    boxes[~present] = -1
     for level,frame in enumerate(_frames(boxes, volume.spacing, preset, labels)):
         if frame is None: continue
         hide = (labels, level+1, MUSCLE) if preset.isolate else None
         hu = _resample(volume.hu, frame, volume.spacing, outside=AIR, hide=hide)
         crops[level] = np.asarray(window(hu, *preset.window, dtype=torch.uint8))
-    return crops, _present(boxes)
+    return crops, present
 
 def crop_masks(
     labels:np.ndarray,            # (z, y, x) uint8 on the volume's grid

@@ -272,7 +272,7 @@ def crop_data_set(
     jobs = [u for u in todo if not rows[u]['why']]
     write_whole(out/'studies.csv', _lines([dict(zip(_COLUMNS, _COLUMNS)), *kept.values(), *(rows[u] for u in todo if rows[u]['why'])]))
     if jobs:
-        _room(out, jobs, kept, whole.classification)
+        _room(out, len(jobs), _each(kept, whole.classification), 'crop')
         n = min(workers or os.cpu_count() or 1, len(jobs))
         from joblib import Parallel,delayed
         calls = (delayed(_crop_job)(rows[u], studies[u], store.path(u), source, folds[u], whole, truth.loc[u, list(LEVELS)].to_numpy(bool), drawn.get(u), device, n > 1) for u in jobs)
@@ -329,12 +329,15 @@ def _still_good(store, rows):
 
 _SHARE = .7   # of a crop's bytes that its file takes: .55 in `paper`, .64 in `tiny`, on phantoms; a noisy scan takes more
 
-def _room(out, jobs, kept, cls):
-    "Say how much there will be; `CspineError` if the disk cannot hold it"
+def _each(kept, cls):
+    "Bytes that a study will take: as those that are there, or as the preset says"
     sizes = [int(r['bytes']) for r in kept.values() if int(r['bytes'] or 0)]
-    each = np.mean(sizes) if len(sizes) >= 10 else _SHARE*7*cls.slices*cls.size**2
-    need,free = each*len(jobs),shutil.disk_usage(out).free
-    said = f'{len(jobs)} studies to crop, {each/1e6:.1f} MB each, about {need/1e9:.2f} GB; {out} has {free/1e9:.2f} GB free'
+    return np.mean(sizes) if len(sizes) >= 10 else _SHARE*7*cls.slices*cls.size**2
+
+def _room(out, n, each, doing):
+    "Say how much there will be; `CspineError` if the disk cannot hold it"
+    need,free = each*n,shutil.disk_usage(out).free
+    said = f'{n} studies to {doing}, {each/1e6:.1f} MB each, about {need/1e9:.2f} GB; {out} has {free/1e9:.2f} GB free'
     if need > free: raise CspineError(f'{said}: make room, choose another folder, or a preset with a smaller size')
     print(said, file=sys.stderr)
 

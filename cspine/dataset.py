@@ -82,5 +82,5 @@ def _write_tables(out, done, tables):
     rows = [(f'{d["uid"]}_{t}', d['uid'], t) for d in done if d['split'] == 'test' for t in TARGETS]
     test = pd.DataFrame(rows, columns=['row_id', 'StudyInstanceUID', 'prediction_type']); test.to_csv(out/'test.csv', index=False)
     test[['row_id']].assign(fractured=.5).to_csv(out/'sample_submission.csv', index=False)
-    pd.DataFrame([b for d in done if d['split'] == 'train' for b in d['boxes']], columns=BOX_COLUMNS).to_csv(out/'train_bounding_boxes.csv', index=False)
+    pd.DataFrame([b for d in done if d['split'] == 'train' for b in d['boxes']], columns=BOX_COLUMNS).drop_duplicates().to_csv(out/'train_bounding_boxes.csv', index=False)
     for name, columns in tables.items(): pd.DataFrame([b for d in done for b in d[name]], columns=columns).to_csv(out/f'{name}.csv', index=False)

@@ -16,7 +16,7 @@ from .dicom import Volume,read_series
 from .rsna import find_studies,read_folds,read_mask,write_whole
 from .cropping import boxes_from_labels,whole_vertebra
 from .crops import _source
-from .segmentation import clean_labels,find_device,labels_of,predict_labels,predict_scores,predict_visible,segmentation_metrics
+from .segmentation import clean_labels,find_device,labels_of,predict_scores,predict_visible,segmentation_metrics
 
 # %% ../nbs/23_evaluation.ipynb #99a9e22f
 KNOWN_MM3 = 500   # of a true vertebra in the scan: less is a sliver at its end, and nobody's level
@@ -81,11 +81,9 @@ def _study_rows(uid, folder, mask, models, preset, device, views, surfaces):
     volume = read_series(folder)
     truth = read_mask(mask, volume)
     for name,scan,true in _views(volume, truth) if views else [('whole', volume, truth)]:
-        if preset.segmentation.model == 'first_cascade': maps = {False:predict_labels(models, preset.segmentation, scan, device)}
-        else:
-            at,p = predict_scores(models, preset.segmentation, scan, device)
-            maps = {o:clean_labels(labels_of(at, p, scan.shape, scan.spacing, o), scan.spacing) for o in (False, True)}
-        for ordered,labels in maps.items():
+        at,p = predict_scores(models, preset.segmentation, scan, device)
+        for ordered in (False, True):
+            labels = clean_labels(labels_of(at, p, scan.shape, scan.spacing, ordered), scan.spacing)
             more = dict(surface_mm=surface_distances(labels, true, scan.spacing)['mean'].mean()) if surfaces else {}
             rows.append(dict(uid=uid, view=name, ordered=ordered) | _row(labels, true, scan.spacing, preset.classification) | more)
     return rows

@@ -18,7 +18,6 @@ from .dataset import BOX_COLUMNS as _COLUMNS, rows_of, write_data_set
 from .anatomy import Field, Prevalence, _capsule, _ellipsoid, _evaluate, _rot, _spine
 from .fractures import _decoys_of, _fractures_of, _warp, draw_fractured, fracture
 from .neck import _metal, _others, _soft
-from .simple_phantom import SIMPLE_COLUMNS, write_simple_study
 
 # %% ../nbs/04_phantom.ipynb #d45319e4
 _F = np.float32
@@ -355,12 +354,9 @@ def phantom(out, # folder to make
             seed:int=1, # the same seed gives the same bytes
             rate:float=1., # of fractures in the train studies; more than 1 makes more to learn from, `bundle` sets the odds right
             odd:float=.15, # share of studies in a folder that is odd in some way, see `cspine.oddities`
-            simple:bool=False, # the easier ones of `cspine.simple_phantom`, whose folders are never odd
             workers:int=None, # processes; all cores when None
            )->Path: # the folder
     "Write synthetic studies in the competition's layout; go on where an earlier run was stopped"
     if not 0 <= odd <= 1: raise CspineError(f'odd={odd} is a share of the studies, 0 to 1.')
-    asked = dict(train=train, test=test, size=size, seed=seed, rate=rate)
-    if simple: return write_data_set(out, asked | dict(simple=True), write_simple_study, dict(fractures=SIMPLE_COLUMNS), workers)
-    asked['odd'] = odd
+    asked = dict(train=train, test=test, size=size, seed=seed, rate=rate, odd=odd)
     return write_data_set(out, asked, _write_study, dict(fractures=_TRUTH, decoys=_TRUTH, studies=None), workers)

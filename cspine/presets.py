@@ -55,8 +55,7 @@ def progress(
 class SegmentationPreset:
     "Stage 1: from HU to a label map of nine classes"
     model:str               # 'unet2d' (slices, any smp encoder), 'unet3d' (whole scan on a coarse grid), 'cascade3d' (that, then the spine on a
-                            # fine one); rivals: 'resnet3d' (an encoder of MONAI on a coarse grid), 'visible2d' (only which levels a slice shows);
-                            # 'first_cascade' (the demo bundle's, which is trained no more)
+                            # fine one); rivals: 'resnet3d' (an encoder of MONAI on a coarse grid), 'visible2d' (only which levels a slice shows)
     encoder:str|None        # 2d: smp's name of the encoder; resnet3d: MONAI's
     pretrained:bool         # 2d: start from ImageNet weights where they can be had
     in_channels:int         # channels of `input`
@@ -162,7 +161,7 @@ class Preset:
         return cls(**d)
 
 # %% ../nbs/00_presets.ipynb #7141ae42
-_CHOICES = dict(model=('unet2d','unet3d','cascade3d','resnet3d','visible2d','first_cascade'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice','bce'),
+_CHOICES = dict(model=('unet2d','unet3d','cascade3d','resnet3d','visible2d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice','bce'),
                 augment=('paper','neck3d','light','none'), patient=('noisy_or','head'), boxes=('mask','yolo'))
 _DETECTORS = tuple(f'yolov5{s}' for s in 'nsmlx')
 # What a number may be. A preset may come with a bundle from elsewhere: nothing in it may take the machine down.
@@ -209,7 +208,7 @@ def _checked(cls, d, where):
     if cls is DetectionPreset and out['size'] % 32:
         raise CspineError(f'{where} field size of the preset should be a multiple of 32, which YOLO halves five times, got {out["size"]}')
     needs = dict(unet2d=('encoder','size'), visible2d=('encoder','size'), resnet3d=('encoder','spacing','patch'), unet3d=('spacing','patch','widths'),
-                 cascade3d=('spacing','patch','widths','low_spacing','low_patch','low_widths'), first_cascade=('spacing','widths','low_widths')).get(out.get('model'), ())
+                 cascade3d=('spacing','patch','widths','low_spacing','low_patch','low_widths')).get(out.get('model'), ())
     for k in needs:
         if not out[k]: raise CspineError(f'{where} field {k} of the preset must be set for a {out["model"]}')
     return out
@@ -233,7 +232,7 @@ PRESETS = dict(
             augment='neck3d', epochs=5, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
             size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, mask_channel=False, slice_loss=1.,
-            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, augment='light', epochs=8, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99),
+            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, augment='light', epochs=6, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99),
         DetectionPreset(model='yolov5n', size=128, slice_mm=2., confidence=.25, predicted=0,
             epochs=10, batch=16, lr=2e-3, weight_decay=1e-2, ema=0.99), boxes='mask'),
 )

@@ -148,8 +148,8 @@ def read_boxes(
     types = {UID:validate_uid, 'x':_number, 'y':_number, 'width':_size, 'height':_size, 'slice_number':_whole}
     df = read_table(path, types)
     twice = df.duplicated()
-    for line,again in zip(df.attrs['lines'], twice):
-        if again: print(f'{path}, line {line}: the box is already there; taken once', file=sys.stderr)
+    if n := int(twice.sum()):
+        print(f'{path}, line {df.attrs["lines"][twice.argmax()]}: the box is already there; taken once' + (f', as are {n-1} more' if n > 1 else ''), file=sys.stderr)
     for line,x,y,w,h in zip(df.attrs.pop('lines'), df['x'], df['y'], df['width'], df['height']):
         if x+w <= 0 or y+h <= 0: raise TableError(f'{path}, line {line}: the box from {x:g}, {y:g}, of {w:g} x {h:g}, lies outside the slice')
     return df[~twice].reset_index(drop=True)

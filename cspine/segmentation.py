@@ -310,9 +310,6 @@ def build_segmentation(
     if preset.model == 'cascade3d': return Cascade(preset)
     if preset.model == 'unet3d': return UNet3d(preset.in_channels, preset.classes, preset.widths)
     if preset.model == 'resnet3d': return _resnet3d(preset)
-    if preset.model == 'first_cascade':
-        from cspine.first_cascade import FirstCascade
-        return FirstCascade(preset)
     if preset.model == 'visible2d': return VisibleLevels(preset)
     import segmentation_models_pytorch as smp
     return smp.Unet(preset.encoder, encoder_weights=None, in_channels=preset.in_channels, classes=preset.classes)
@@ -753,7 +750,6 @@ def predict_scores(
 ) -> tuple:                     # of `bone_scores`
     "What the folds' mean says of a scan, on the scan's own grid"
     if preset.model == 'visible2d': raise CspineError('this model only says which levels a slice shows; it has no label map')
-    if preset.model == 'first_cascade': raise CspineError('this model, the demo bundle\'s, gives labels and no scores: `predict_labels`')
     models,device = _ready(models, device)
     if preset.model == 'unet2d': return bone_scores(_by_slice(models, preset, volume, device, flips))
     grid = preset.low_spacing or preset.spacing
@@ -781,9 +777,6 @@ def predict_labels(
     flips:bool=False,           # the mean with the answer for the scan seen in a mirror, for twice the time
 ) -> np.ndarray:                # (z, y, x) uint8 label map on the volume's own grid
     "The label map of a scan: the folds' mean, in the order of a spine, with specks removed"
-    if preset.model == 'first_cascade':
-        from cspine.first_cascade import first_labels
-        return clean_labels(first_labels(models, preset, volume, device), volume.spacing)
     return clean_labels(labels_of(*predict_scores(models, preset, volume, device, flips), volume.hu.shape, volume.spacing), volume.spacing)
 
 # %% ../nbs/10_segmentation.ipynb #6f172922

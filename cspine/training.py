@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from .presets import LEVELS,TARGETS,CspineError,Preset,get_preset,progress,_clock
 from .rsna import find_studies,folds,read_folds,read_mask,read_train,write_folds,write_whole
-from .dicom import DicomError,read_series
+from .dicom import DicomError,read_series,study_files
 from .encoders import load_encoder_weights
 from .rivals import with_model
 from .cropping import boxes_from_labels,crop_planes
-from .crops import CROP_FIELDS,Crops,_source,crop_data_set,crop_key
+from .crops import CROP_FIELDS,Crops,_room,_source,crop_data_set,crop_key
 from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM,CropDataset,fit_scale,predict_probabilities,with_prior
 from .segmentation import (CubeDataset,FineDataset,SegmentationFigures,SliceDataset,VisibleFigures,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,find_device,predict_labels,segmentation_loss)
@@ -448,7 +448,6 @@ def train_segmentation(
         preset = replace(preset, segmentation=replace(seg, epochs=int(epochs), low_epochs=min(int(epochs), seg.low_epochs)))
     if batch: preset = replace(preset, segmentation=replace(preset.segmentation, batch=int(batch)))
     seg = preset.segmentation
-    if seg.model == 'first_cascade': raise CspineError('the demo bundle\'s network is trained no more; train preset tiny, whose cascade took its place')
     if weights and not seg.by_slice: raise CspineError(f'preset {preset.name} has a 3D network in stage 1, which no encoder weights fit; leave out --weights')
     table = read_train(data/'train.csv')
     which = _which(fold, preset.folds)
@@ -613,7 +612,11 @@ def _cache_slices(data, masked, extra, fold_at, run, folder, preset, workers):
     todo = [u for u in paths if not paths[u].exists()]
     jobs = (delayed(_detection_job)(u, studies[u], _mask_file(data, u) if u in masked else None, run, fold_at(u), preset, paths[u]) for u in todo)
     why = {}
-    if todo: why = {u:said for u,said in progress(Parallel(min(workers, len(todo)), return_as='generator_unordered')(jobs), 'reading studies', len(todo)) if said}
+    if todo:
+        det = preset.detection
+        slices = 250/det.slice_mm if det.slice_mm else np.mean([len(study_files(studies[u])) for u in todo])   # of a neck of 250 mm, or as many as files
+        _room(folder, len(todo), slices*4*det.size**2, 'read')
+        why = {u:said for u,said in progress(Parallel(min(workers, len(todo)), return_as='generator_unordered')(jobs), 'reading studies', len(todo)) if said}
     for u,said in why.items(): print(f'left out: {u}: {said}', file=sys.stderr)
     return {u:p for u,p in paths.items() if u not in why}
 

@@ -124,6 +124,18 @@ def test_tilt_is_limited():
     assert np.degrees(np.arccos(vertebra_axes(ends, spacing)[3] @ rotation(20, 0)[0])) < 3
 
 
+def test_a_box_beyond_the_scan_is_no_vertebra():
+    study = make_study(902, size=96)
+    boxes = boxes_from_labels(study.labels)
+    n, h, w = study.labels.shape
+    beyond = boxes.copy()
+    beyond[1, :2], beyond[2, 2:4], beyond[3, 4:] = (n, n+9), (h+1, h+9), (w-1, w+9)   # the last has one column of the scan
+    crops, present = crop_vertebrae(study.volume, beyond, TINY)
+    assert present.tolist() == [True, False, False, True, True, True, True] and not crops[1:3].any()
+    same(dict(c=crops[4:]), dict(c=crop_vertebrae(study.volume, boxes, TINY)[0][4:]))
+    assert (beyond[1, :2] == (n, n+9)).all()   # the caller's boxes are as they were
+
+
 def test_crops_do_not_know_how_the_scan_lies_in_the_room():
     "An oblique affine is a turned patient; a tilted gantry is straightened when it is read"
     study = make_study(902, size=96)

@@ -2,10 +2,12 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -96,6 +98,17 @@ def test_a_run_holds_what_inference_needs(trained, seg):
     net.load_state_dict(load_file(run/'fold0'/'model.safetensors'))
     table = pd.read_csv(run/'boxes.csv', keep_default_na=False)
     assert len(table) == 2*7 and set(table.fold) == {0} and set(table.source) <= {'yolo', 'mask', ''}
+
+
+@pytest.mark.parametrize('slice_mm', [SMALL.detection.slice_mm, 0.])
+def test_the_room_for_the_slices_is_told_and_must_be_there(data, seg, trained, tmp_path, monkeypatch, slice_mm):
+    preset = replace(SMALL, detection=replace(SMALL.detection, slice_mm=slice_mm))
+    monkeypatch.setattr(crops.shutil, 'disk_usage', lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(CspineError, match='4 studies to read, .* MB each.* make room') as e: train_detection(data, preset, seg, tmp_path/'run', workers=1)
+    told = float(re.search(r'read, ([\d.]+) MB', str(e.value))[1])*1e6
+    if slice_mm: real = np.mean([f.stat().st_size for f in (trained[0]/'run'/'cache').iterdir()])
+    else: real = np.mean([len(read_series(f).hu) for f in (data/'train_images').iterdir()])*4*preset.detection.size**2
+    assert .9*real < told < 1.6*real   # a phantom is shorter than the 250 mm that are told
 
 
 def test_a_run_that_was_cut_off_ends_the_same(data, seg, trained, tmp_path, monkeypatch, capsys):

@@ -384,9 +384,6 @@ def test_the_command_line_makes_them(tmp_path):
     out = cli.phantom(tmp_path / 'd', train=3, test=0, size=32, seed=3, odd=1)
     assert pd.read_csv(out / 'studies.csv').oddity.notna().all()
     assert pd.read_csv(cli.phantom(tmp_path / 'e', train=3, test=0, size=32, seed=3, odd=0) / 'studies.csv').oddity.isna().all()
-    simple = cli.phantom(tmp_path / 'f', train=1, test=0, size=32, seed=3, simple=True)
-    assert not (simple / 'studies.csv').exists()
-    with pytest.raises(CspineError, match='already holds phantoms'): cli.phantom(simple, train=1, test=0, size=32, seed=3)
 
 
 @pytest.mark.parametrize('oddity', ['tilted', 'uneven', 'sagittal', 'gap'])

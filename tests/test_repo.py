@@ -179,7 +179,7 @@ def test_notebook_is_clean(path):
             assert set(out.get('data', {})) == {'image/png'}, 'only pictures stay in a notebook: nbdev-clean'
 
 
-LIGHT = ('presets', 'dicom', 'windowing', 'rsna', 'anatomy', 'dataset', 'fractures', 'neck', 'phantom', 'simple_phantom', 'ordering', 'cli')
+LIGHT = ('presets', 'dicom', 'windowing', 'rsna', 'anatomy', 'dataset', 'fractures', 'neck', 'phantom', 'ordering', 'cli')
 
 
 @pytest.mark.parametrize('module', LIGHT)

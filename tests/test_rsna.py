@@ -318,6 +318,9 @@ def test_a_box_that_is_twice_there_is_taken_once_and_said(tmp_path, capsys):
     path.write_text("StudyInstanceUID,x,y,width,height,slice_number\n1.2,10,20,5,6,7\n1.2,11,20,5,6,7\n1.2,10.0,20,5,6,7\n")
     assert read_boxes(path).x.tolist() == [10, 11]
     assert capsys.readouterr().err == f"{path}, line 4: the box is already there; taken once\n"
+    with open(path, "a") as f: f.write("1.2,11,20,5,6,7\n1.2,12,20,5,6,7\n")
+    assert read_boxes(path).x.tolist() == [10, 11, 12]
+    assert capsys.readouterr().err == f"{path}, line 4: the box is already there; taken once, as are 1 more\n"
 
 
 def test_a_header_alone_is_no_table_of_labels_but_one_of_no_boxes(tmp_path):
