@@ -124,7 +124,7 @@ def test_a_run_that_was_cut_off_ends_the_same(data, seg, trained, tmp_path, monk
     train_detection(data, SMALL, seg, tmp_path/'run', resume=True, workers=1)
     whole, cut_off = (load_file(r/'fold0'/'model.safetensors') for r in (trained[0]/'run', tmp_path/'run'))
     for k, v in whole.items(): torch.testing.assert_close(cut_off[k], v, rtol=1e-3, atol=1e-4)
-    with pytest.raises(CspineError, match='another preset, number of epochs'):
+    with pytest.raises(CspineError, match='another preset or number of epochs'):
         train_detection(data, SMALL, seg, tmp_path/'run', resume=True, epochs=5)
 
 
