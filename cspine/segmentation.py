@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MOST_VOXELS', 'NEAR_MM', 'MOST_BONE', 'SPINE', 'SPINE_MM', 'SPECK_MM3', 'FRAGMENT_MM', 'JOINED', 'grid_shape',
            'to_grid', 'soft_targets', 'fine_shape', 'fine_arrays', 'on_own_grid', 'bone_scores', 'labels_of',
-           'network_input', 'channels_last', 'UNet3d', 'Refiner', 'Cascade', 'VisibleLevels', 'build_segmentation',
-           'CrossEntropyDice', 'BCEJaccard', 'segmentation_loss', 'dice_per_class', 'segmentation_metrics',
-           'cache_study', 'cache_studies', 'low_preset', 'CubeDataset', 'FineDataset', 'SliceDataset',
-           'SegmentationFigures', 'VisibleFigures', 'find_device', 'fast_dtype', 'fast', 'predict_scores',
-           'predict_visible', 'predict_labels', 'clean_labels', 'has_cervical_spine']
+           'network_input', 'channels_last', 'right_on_cpu', 'UNet3d', 'Refiner', 'Cascade', 'VisibleLevels',
+           'build_segmentation', 'CrossEntropyDice', 'BCEJaccard', 'segmentation_loss', 'dice_per_class',
+           'segmentation_metrics', 'cache_study', 'cache_studies', 'low_preset', 'CubeDataset', 'FineDataset',
+           'SliceDataset', 'SegmentationFigures', 'VisibleFigures', 'find_device', 'fast_dtype', 'fast',
+           'predict_scores', 'predict_visible', 'predict_labels', 'clean_labels', 'has_cervical_spine']
 
 # %% ../nbs/10_segmentation.ipynb #b0b88ab6
 from contextlib import nullcontext
@@ -218,7 +218,21 @@ class _Norm(nn.InstanceNorm3d):
     # faster than GroupNorm in training on a CPU: 0.73 s a step of 80^3 against 1.28 s
     def __init__(self, ch): super().__init__(ch, affine=True)
 
-def _conv(i, o, stride=1): return nn.Sequential(nn.Conv3d(i, o, 3, stride, 1, bias=False), _Norm(o), nn.LeakyReLU(0.01, inplace=True))
+class _Conv3d(nn.Conv3d):
+    def forward(self, x):
+        if x.device.type == 'cpu' and any(n < k for n,k in zip(x.shape[2:], self.kernel_size)):
+            with torch.autocast('cpu', enabled=False): return super().forward(x.float())
+        return super().forward(x)
+
+def right_on_cpu(
+    net:nn.Module,   # with 3D convolutions; changed in place
+) -> nn.Module:      # the same
+    "Convolutions wider than their input compute in float32 on a CPU: torch 2.14's bfloat16 gradient of their weights is unset memory"
+    for m in net.modules():
+        if type(m) is nn.Conv3d: m.__class__ = _Conv3d
+    return net
+
+def _conv(i, o, stride=1): return nn.Sequential(_Conv3d(i, o, 3, stride, 1, bias=False), _Norm(o), nn.LeakyReLU(0.01, inplace=True))
 
 class UNet3d(nn.Module):
     "A plain 3D U-Net: two convolutions per level, instance norm, leaky ReLU, as nnU-Net's"
@@ -301,7 +315,7 @@ def _resnet3d(preset):
     except ImportError as e: raise CspineError('a 3D ResNet needs MONAI: pip install "cspine[3d]"') from e
     net = FlexibleUNet(preset.in_channels, preset.classes, preset.encoder, decoder_channels=(128,64,32,16,16), spatial_dims=3)
     net.multiple = 32
-    return net
+    return right_on_cpu(net)
 
 def build_segmentation(
     preset:SegmentationPreset,  # stage 1 of a `Preset`
