@@ -77,22 +77,25 @@ def _read_run(folder):
 
 _TRAINING = 'predicted','pretrained','loss','augment','epochs','steps','batch','lr','weight_decay','ema','dropout','mask_loss','slice_loss'
 
-def _recipe(preset):
-    "What inference needs of a preset: without the fields that matter to training only"
-    return {s:{k:v for k,v in preset.to_dict()[s].items() if k not in _TRAINING} for s in PARTS}
+def _recipe(kind, preset):
+    "What a run of that kind learned with, part by part, without the fields that matter to training only"
+    parts = dict(segmentation=PARTS[:1], detection=('segmentation','detection'), classification=STAGES + ('detection',)*(preset.boxes == 'yolo'))[kind]
+    return {s:{k:v for k,v in preset.to_dict()[s].items() if k not in _TRAINING} for s in parts}
 
 # %% ../nbs/21_bundle.ipynb #a757781b
 def _collect(runs):
     "Each part's weight files by fold, and one preset for all"
     files,presets,cards = {s:{} for s in PARTS},{},{}
-    first = None
+    recipes = {}
     for folder in runs:
         run,preset,found = _read_run(folder)
         kind = run['kind']
-        if first is None: first = folder,preset
-        if _recipe(preset) != _recipe(first[1]):
-            raise CspineError(f'{folder} (preset {preset.name}) and {first[0]} (preset {first[1].name}) were trained '
-                              'with different presets; train both stages with the same one')
+        for part,own in _recipe(kind, preset).items():
+            first,name,other = recipes.setdefault(part, (folder,preset.name,own))
+            if own != other:
+                field = next(k for k in own if own[k] != other[k])
+                raise CspineError(f'{folder} (preset {preset.name}) and {first} (preset {name}) were trained with different presets: '
+                                  f'{part}.{field} is {own[field]} there and {other[field]} here; train both with the same one')
         if twice := sorted(set(files[kind]) & set(found)):
             raise CspineError(f'{folder} holds {kind} fold {twice[0]} once more; leave one of the runs out')
         files[kind].update(found)
@@ -104,7 +107,7 @@ def _collect(runs):
     if yolo != (boxes == 'yolo'):
         raise CspineError("the classification run's crops were cut by the label map's boxes, so a detection run would change what it sees; leave it out, or train stage 2 with --detection"
                           if yolo else "the classification run's crops were cut by YOLO's boxes; give that detection run's folder too")
-    return files, replace(presets['segmentation'], boxes=boxes, **{s:getattr(presets[s], s) for s in PARTS if s in presets}), cards
+    return files, replace(presets['classification'], **{s:getattr(presets[s], s) for s in PARTS if s in presets}), cards
 
 # %% ../nbs/21_bundle.ipynb #9c27d767
 def _sha256(b): return hashlib.sha256(b).hexdigest()

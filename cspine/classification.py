@@ -14,6 +14,7 @@ from torch import nn
 from .presets import LEVELS, TARGETS, ClassificationPreset, CspineError
 from .cropping import crop_planes, group_masks
 from .encoders import input_stats
+from .segmentation import right_on_cpu
 from .rsna import PRIOR
 
 # %% ../nbs/13_classification.ipynb #ef53bd68
@@ -31,41 +32,90 @@ def _under(f, w):
     mean = (f*w).sum((2,3)) / (w.sum((2,3)) + 1e-3*w[0,0].numel())   # a floor: a blank map must not blow up
     return torch.cat([mean, (f*w).amax((2,3))], 1)
 
+class _Volume(nn.Module):
+    "MONAI's 3D ResNet on the slices of a vertebra; its maps with height and rows as one axis"
+    def __init__(self, name):
+        super().__init__()
+        try: from monai.networks import nets
+        except ImportError as e: raise CspineError('a 3D ResNet needs MONAI: pip install "cspine[3d]"') from e
+        depths = (10,18,34,50,101,152,200)
+        if name not in {f'resnet{n}' for n in depths}: raise CspineError(f'MONAI has no {name!r}, but resnet with {", ".join(map(str, depths))} layers')
+        self.net = right_on_cpu(getattr(nets, name)(spatial_dims=3, n_input_channels=1, feed_forward=False, pretrained=False))
+        wide = 4 if int(name[6:]) >= 50 else 1
+        self.out_channels = [256*wide, 512*wide]
+
+    def forward(self, x):   # (N, slices, S, S)
+        net = self.net
+        x = net.maxpool(net.act(net.bn1(net.conv1(x[:,None].contiguous(memory_format=torch.channels_last_3d)))))
+        fine = net.layer3(net.layer2(net.layer1(x)))
+        return [fine.flatten(2, 3), net.layer4(fine).flatten(2, 3)]
+
+class _AlexNet(nn.Module):
+    "torchvision's AlexNet without its classifier"
+    def __init__(self, channels):
+        super().__init__()
+        from torchvision.models import alexnet
+        layers = list(alexnet(weights=None).features)
+        layers[0] = nn.Conv2d(channels, 64, 11, 4, 2)
+        self.first,self.last,self.out_channels = nn.Sequential(*layers[:6]),nn.Sequential(*layers[6:]),[192,256]
+
+    def forward(self, x): return [x := self.first(x), self.last(x)]
+
+class _ViT(nn.Module):
+    "timm's vision transformer, the tokens of its last two blocks as maps"
+    def __init__(self, name, channels, size):
+        super().__init__()
+        import timm
+        self.model = timm.create_model(name, pretrained=False, in_chans=channels, img_size=size, num_classes=0)
+        self.out_channels = [self.model.embed_dim]*2
+
+    def forward(self, x): return self.model.forward_intermediates(x, indices=2, norm=True, intermediates_only=True)
+
+def _encoder(preset, channels):
+    "What reads a group of slices: a list of maps, `out_channels` of each"
+    name = preset.encoder
+    if name.startswith('3d-'):
+        if preset.group != preset.slices or preset.mask_channel: raise CspineError(f'{name} reads the slices of a vertebra as one volume: group should be {preset.slices}, without a mask channel')
+        return _Volume(name.removeprefix('3d-'))
+    if name == 'alexnet': return _AlexNet(channels)
+    if name.startswith('vit_'): return _ViT(name, channels, preset.size)
+    import segmentation_models_pytorch as smp
+    return smp.encoders.get_encoder(name, weights=None, in_channels=channels, depth=5)
+
 class CrackNetBiLSTM(nn.Module):
-    "Seven crops to eight logits: a ResUNet per vertebra, an LSTM along the neck"
+    "Seven crops to eight logits: an encoder or a ResUNet on each group of slices, an LSTM along the neck, a vertebra, or both"
     def __init__(self,
         preset:ClassificationPreset,  # stage 2 of a `Preset`
     ):
         super().__init__()
-        import segmentation_models_pytorch as smp
-        self.preset,depth = preset,5
-        if preset.slices % preset.group: raise CspineError(f'group should divide the {preset.slices} slices, got {preset.group}')
+        self.preset,self.groups,depth = preset,preset.groups,5
         channels = preset.group + preset.mask_channel   # a group's slices and, with a mask channel, its mask
         if preset.decoder_channels:
             if len(preset.decoder_channels) != depth:
                 raise CspineError(f'decoder_channels should hold {depth} numbers or none, got {preset.decoder_channels}')
+            import segmentation_models_pytorch as smp
             net = smp.Unet(preset.encoder, encoder_depth=depth, encoder_weights=None, in_channels=channels,
                            classes=preset.classes, decoder_channels=preset.decoder_channels)
             self.encoder,self.decoder,self.map = net.encoder,net.decoder,net.segmentation_head
         else:
-            self.encoder = smp.encoders.get_encoder(preset.encoder, weights=None, in_channels=channels, depth=depth)
-            self.decoder = None
+            self.encoder,self.decoder = _encoder(preset, channels),None
         n = 2*self.encoder.out_channels[-1] + 2*(preset.decoder_channels or self.encoder.out_channels[:-1])[-1]
         self.norm,self.drop = nn.LayerNorm(n),nn.Dropout(preset.dropout)   # the two sources on one scale
-        self.groups = preset.slices//preset.group
+        if self.groups == 1 and preset.along != 'vertebrae': raise CspineError(f"an LSTM along the {preset.along} needs more than one group of slices; with one, along is 'vertebrae'")
         if self.groups > 1:
             self.slice = nn.Linear(n, 1)
             self.squeeze = nn.Linear(n, preset.hidden)
             self.weight = nn.Parameter(torch.ones(()))   # of the likeliest groups in the vertebra's logit
-            n = 2*preset.hidden
+            n = preset.hidden if preset.along != 'vertebrae' else 2*preset.hidden
         self.lstm = nn.LSTM(n, preset.hidden, preset.layers, batch_first=True, bidirectional=True,
                             dropout=preset.dropout if preset.layers > 1 else 0)
-        self.vertebra = nn.Linear(2*preset.hidden, 1)
+        n = 2*preset.hidden if preset.along == 'vertebrae' else 4*preset.hidden   # a vertebra's: where it stands, or average and maximum over its slices
+        self.vertebra = nn.Linear(n, 1)
         self.register_buffer('scale', torch.ones(8))   # of the logits, see `fit_scale`; with the weights, so that no bundle forgets it
         prior = PRIOR[list(TARGETS)].to_numpy()
         nn.init.constant_(self.vertebra.bias, float(np.log(prior[:7].mean()/(1-prior[:7].mean()))))   # start at the best constant
         if preset.patient == 'head':
-            self.patient = nn.Linear(4*preset.hidden, 1)   # a correction of the noisy or, at first none
+            self.patient = nn.Linear(2*n, 1)   # a correction of the noisy or, at first none
             nn.init.zeros_(self.patient.weight); nn.init.zeros_(self.patient.bias)
 
     def features(self,
@@ -99,11 +149,16 @@ class CrackNetBiLSTM(nn.Module):
             slices = f.new_zeros(b, 7, g)
             slices[present] = self.slice(self.drop(f))[:,0].float().unflatten(0, (-1, g))
             f = F.gelu(self.squeeze(self.drop(f))).float().unflatten(0, (-1, g))
-            f = torch.cat([f.mean(1), f.amax(1)], 1)
+            if self.preset.along == 'vertebrae': f = torch.cat([f.mean(1), f.amax(1)], 1)
             if own is not None: own = own.unflatten(0, (-1, g)).mean(1)
-        sequence = f.new_zeros(b, 7, f.shape[1])
+        sequence = f.new_zeros(b, 7, *f.shape[1:])
         sequence[present] = self.drop(f)
+        shape = sequence.shape[:-1]
+        if self.preset.along == 'slices': sequence = sequence.flatten(0, 1)
+        if self.preset.along == 'neck': sequence = sequence.flatten(1, 2)
         with torch.autocast(sequence.device.type, enabled=False): seen,_ = self.lstm(sequence)   # a CPU has no LSTM in half precision
+        seen = seen.reshape(*shape, -1)
+        if seen.dim() == 4: seen = torch.cat([seen.mean(2), seen.amax(2)], 2)
         seen = self.drop(seen)
         vertebrae = self.vertebra(seen)[...,0].float()
         if g > 1: vertebrae = vertebrae + self.weight*(slices.logsumexp(2) - np.log(g))
@@ -170,7 +225,7 @@ class CropDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):   # crops (7, preset.planes, S, S) uint8, present (7,), labels (8,), present, masks (7, S, S) uint8: the mask as seen from above, broken (7, slices) uint8
         study = self.crops.read(self.uids[i])
         crops,present,broken = study['crops'],study['present'],study['broken']
-        groups = self.preset.slices//self.preset.group if self.preset.mask_channel else 1
+        groups = self.preset.groups if self.preset.mask_channel else 1
         if self.augment is None: masks = group_masks(study['masks'], groups)
         else:
             masks = np.zeros((7, groups, *crops.shape[2:]), np.uint8)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
-           'Device', 'Precision', 'Detection', 'Batch', 'phantom', 'inspect', 'train_segmentation', 'train_detection',
-           'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score', 'evaluate', 'rivals',
-           'presets', 'main']
+           'Device', 'Model', 'Precision', 'Detection', 'Batch', 'phantom', 'inspect', 'train_segmentation',
+           'train_detection', 'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score',
+           'evaluate', 'rivals', 'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
 import hashlib,json,os,sys
@@ -55,6 +55,7 @@ Resume = Annotated[bool, Option('--resume', help='Go on from the newest checkpoi
 Weights = Annotated[str | None, Option(metavar='PATH|timm|none', help='ImageNet weights of the encoder: a file, a folder, or timm to fetch its own. Without it, '
                                             'those of cspine[pretrained] where they fit.', show_default=False)]
 Device = Annotated[str | None, Option(metavar='NAME', help='cpu, cuda, cuda:1, ...; without it, a GPU where there is one.', show_default=False)]
+Model = Annotated[str | None, Option(metavar='NAME', help="Another model than the preset's; cspine rivals shows them.", show_default=False)]
 Precision = Annotated[str, Option(metavar='auto|fp32|bf16|fp16', help='Number format of mixed precision; auto: the fastest that the device has.')]
 Detection = Annotated[Path | None, Option(metavar='RUN', help="Run folder of YOLO, whose boxes cut the crops; without it, the label map's boxes do.", show_default=False)]
 Batch = Annotated[int | None, Option(min=1, metavar='N', help="Items per step, of all processes together, instead of the preset's number.", show_default=False)]
@@ -90,7 +91,7 @@ def inspect(
 @train_app.command('segmentation', epilog='Example: cspine train segmentation --data data --preset tiny --out runs/seg')
 def train_segmentation(data: Data, out: Out, preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None,
                        resume: Resume = False, weights: Weights = None, device: Device = None, precision: Precision = 'auto', batch: Batch = None,
-                       model: Annotated[str | None, Option(metavar='NAME', help="Another model than the preset's; cspine rivals shows them.", show_default=False)] = None,
+                       model: Model = None,
                        input: Annotated[str | None, Option(metavar='windows|2.5d', help='What a model that reads slices gets: three windows, or the slice and its neighbours.', show_default=False)] = None):
     "Train stage 1: from slices to a label map."
     from cspine.training import train_segmentation
@@ -115,11 +116,11 @@ def train_classification(
     detection: Detection = None,
     crops: Annotated[Path | None, Option(metavar='CROPS', help='Crop data set of cspine crop, instead of --segmentation.', show_default=False)] = None,
     preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None,
-    device: Device = None, precision: Precision = 'auto', batch: Batch = None):
+    device: Device = None, precision: Precision = 'auto', batch: Batch = None, model: Model = None):
     "Train stage 2: from seven crops to eight probabilities."
     from cspine.training import train_classification
     return train_classification(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs,
-                                resume=resume, weights=weights, crops=crops, detection=detection, device=device, precision=precision, batch=batch)
+                                resume=resume, weights=weights, crops=crops, detection=detection, device=device, precision=precision, batch=batch, model=model)
 
 def _number(fold): return fold if fold == 'all' else int(fold)
 
@@ -256,16 +257,23 @@ def score(
 
 @app.command(epilog='Example: cspine evaluate runs/seg --data data')
 def evaluate(
-    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Runs of segmentation, or bundles.', show_default=False)],
-    data: Annotated[Path, Option(metavar='DIR', help='Folder with masks: test_segmentations/, else what each fold has not seen of segmentations/.', show_default=False)],
+    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Runs of segmentation, or bundles; or runs of classification.', show_default=False)],
+    data: Annotated[Path, Option(metavar='DIR', help='Folder with masks: test_segmentations/, else what each fold has not seen of segmentations/. Of classification: with train.csv.', show_default=False)],
     out: Annotated[Path | None, Option(callback=_new_file, metavar='CSV', help='Table of all studies to write.', show_default=False)] = None,
     views: Annotated[bool, Option(help='Besides whole studies, scans that begin or end in the middle of them.')] = True,
     surfaces: Annotated[bool, Option('--surfaces', help='Distances of the surfaces, in mm; needs cspine[3d].')] = False,
     device: Device = None,
+    threshold: Annotated[float, Option(metavar='P', min=0, max=1, help='From which a row is called fractured; of classification.')] = .5,
 ):
-    "Score label maps: Dice, wrong levels, whole crops, before and after the order of the spine."
+    "Score label maps (Dice, wrong levels, whole crops), or stage 2's out-of-fold answers (metric, AUROC, sensitivity, ... with intervals)."
     from cspine.evaluation import evaluate
-    table = evaluate(runs, data, out=out, views=views, surfaces=surfaces, device=device)
+    table = evaluate(runs, data, out=out, views=views, surfaces=surfaces, device=device, threshold=threshold)
+    if 'figure' in table:
+        from cspine.metrics import shown
+        for run,part in table.groupby('run', sort=False):
+            print(f'{run}: value (95 % interval over studies) / best constant')
+            print(shown(part).to_string(na_rep=''))
+        return table
     print(table.T.to_string(header=False, float_format='{:.4f}'.format, na_rep='-'))
     return table
 

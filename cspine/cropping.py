@@ -257,19 +257,22 @@ def _present(boxes):
 # %% ../nbs/12_cropping.ipynb #bb62f399
 def group_masks(
     masks:np.ndarray,  # (..., slices, S, S) bool, of `crop_masks`
-    groups:int,        # of slices, in their order; their number divides that of the slices
+    groups:int,        # parts of the slices, in their order; their number divides that of the slices
 ) -> np.ndarray:       # (..., groups, S, S) uint8
-    "The mask of each group of slices: 255 times the share of them that hold the vertebra"
+    "The mask of each part of the slices: 255 times the share of them that hold the vertebra"
     *first,n,h,w = masks.shape
     return (masks.reshape(*first, groups, n//groups, h, w).mean(-3, dtype=np.float32)*255).round().astype(np.uint8)
 
 def crop_planes(
     crops:np.ndarray,             # (..., slices, S, S) uint8, of `crop_vertebrae`
     masks:np.ndarray,             # (..., slices, S, S) bool, of `crop_masks`, or (..., groups, S, S) uint8, of `group_masks`
-    preset:ClassificationPreset,  # group, mask_channel
-) -> np.ndarray:                  # (..., preset.planes, S, S) uint8: the slices; with a mask channel each group of slices, then its mask
+    preset:ClassificationPreset,  # group, every, mask_channel
+) -> np.ndarray:                  # (..., preset.planes, S, S) uint8: the slices of each group, with a mask channel followed by its mask
     "The planes of a vertebra in the order in which the network takes them"
-    if not preset.mask_channel: return crops
-    groups,(*first,_,h,w) = preset.slices//preset.group,crops.shape
-    if masks.dtype == bool: masks = group_masks(masks, groups)
-    return np.concatenate([crops.reshape(*first, groups, preset.group, h, w), masks[...,:,None,:,:]], -3).reshape(*first, preset.planes, h, w)
+    if preset.group == preset.every and not preset.mask_channel: return crops
+    *first,_,h,w = crops.shape
+    begin = np.arange(preset.groups)*preset.every + (preset.every-preset.group)//2     # the middle of a group is that of its `every` slices
+    at = (begin[:,None]+np.arange(preset.group)).clip(0, preset.slices-1)
+    parts = [crops[...,at,:,:]]
+    if preset.mask_channel: parts.append((group_masks(masks, preset.groups) if masks.dtype == bool else masks)[...,:,None,:,:])
+    return np.concatenate(parts, -3).reshape(*first, preset.planes, h, w)

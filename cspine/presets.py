@@ -101,7 +101,7 @@ class DetectionPreset:
 @dataclass(frozen=True)
 class ClassificationPreset:
     "Stage 2: from seven crops to eight probabilities"
-    encoder:str             # smp's name of the encoder
+    encoder:str             # smp's name of the encoder; '3d-resnet10' to '3d-resnet200': MONAI's, which reads a vertebra as a volume
     pretrained:bool         # start from ImageNet weights where they can be had
     decoder_channels:tuple  # channels of the ResUNet's decoder; empty: no decoder, no map
     slices:int              # slices per vertebra
@@ -111,6 +111,8 @@ class ClassificationPreset:
     tilt:bool               # the crop's axes turn with the vertebra's own; else they are the scan's
     isolate:bool            # paint the other vertebrae over with soft tissue: a joint is no fracture, a neighbour's is not its own
     group:int               # slices that the encoder sees at once, as its channels; `slices`: all, as the paper
+    every:int               # slices from one group to the next; below `group`, groups overlap
+    along:str               # what the LSTM runs along: the 'vertebrae', the 'slices' of each vertebra alone, or those of all, the 'neck'
     mask_channel:bool       # each group of slices has the vertebra's mask as one more channel
     slice_loss:float        # weight of the loss per group of slices, taught by train_bounding_boxes.csv; 0: none
     classes:int             # channels of the map: C1-C7
@@ -127,9 +129,13 @@ class ClassificationPreset:
     ema:float               # decay of the moving average of the weights; 0: none
 
     @property
+    def groups(self) -> int:
+        "Groups of slices of a vertebra, each seen by the encoder at once"
+        return self.slices//self.every
+    @property
     def planes(self) -> int:
-        "Planes of a vertebra as the network sees it: its slices, and the mask of each group of them"
-        return self.slices + self.mask_channel*(self.slices//self.group)
+        "Planes of a vertebra as the network sees it: the slices of each group, and its mask"
+        return self.groups*(self.group + self.mask_channel)
 
 @dataclass(frozen=True)
 class Preset:
@@ -162,12 +168,12 @@ class Preset:
 
 # %% ../nbs/00_presets.ipynb #7141ae42
 _CHOICES = dict(model=('unet2d','unet3d','cascade3d','resnet3d','visible2d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice','bce'),
-                augment=('paper','neck3d','light','none'), patient=('noisy_or','head'), boxes=('mask','yolo'))
+                augment=('paper','neck3d','light','none'), patient=('noisy_or','head'), along=('vertebrae','slices','neck'), boxes=('mask','yolo'))
 _DETECTORS = tuple(f'yolov5{s}' for s in 'nsmlx')
 # What a number may be. A preset may come with a bundle from elsewhere: nothing in it may take the machine down.
 _LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64), size=(16,2048), spacing=(.5,20), low_spacing=(.5,20), patch=(8,512), low_patch=(8,512), widths=(1,2048),
                low_widths=(1,2048), decoder_channels=(1,2048), low_epochs=(0,10000), low_steps=(0,10**6), epochs=(1,10000), steps=(1,10**6), batch=(1,4096),
-               lr=(1e-9,10), weight_decay=(0,10), ema=(0,.99999), slices=(1,512), margin_mm=(0,100), window=(-10000,10000), group=(1,512),
+               lr=(1e-9,10), weight_decay=(0,10), ema=(0,.99999), slices=(1,512), margin_mm=(0,100), window=(-10000,10000), group=(1,512), every=(1,512),
                slice_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(1,16), dropout=(0,.99),
                slice_mm=(0,20), confidence=(.001,.999), predicted=(0,10**6))
 _ENCODER = re.compile(r'[A-Za-z0-9_.-]+')   # timm takes "hf-hub:..." and "local-dir:..." for a place to load from
@@ -205,6 +211,8 @@ def _checked(cls, d, where):
         out[k] = v
     if 'window' in out and (len(out['window']) != 2 or out['window'][0] <= 0):
         raise CspineError(f'{where} field window of the preset should be (width, level) in HU with a width above 0, got {out["window"]!r}')
+    if cls is ClassificationPreset and (out['slices'] % out['every'] or out['group'] > out['slices']):
+        raise CspineError(f"{where} of the preset: every should divide the slices and group not be above them, got {out['slices']} slices, a group of {out['group']} every {out['every']}")
     if cls is DetectionPreset and out['size'] % 32:
         raise CspineError(f'{where} field size of the preset should be a multiple of 32, which YOLO halves five times, got {out["size"]}')
     needs = dict(unet2d=('encoder','size'), visible2d=('encoder','size'), resnet3d=('encoder','spacing','patch'), unet3d=('spacing','patch','widths'),
@@ -221,7 +229,7 @@ PRESETS = dict(
             low_spacing=None, low_patch=None, low_widths=None, low_epochs=0, low_steps=0, loss='bce_jaccard', augment='paper',
             epochs=20, steps=None, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.),
         ClassificationPreset(encoder='resnet101', pretrained=True, decoder_channels=(256,128,64,32,16), slices=30,
-            size=256, margin_mm=0., window=(1800,400), tilt=False, isolate=False, group=30, mask_channel=False, slice_loss=0.,
+            size=256, margin_mm=0., window=(1800,400), tilt=False, isolate=False, group=30, every=30, along='vertebrae', mask_channel=False, slice_loss=0.,
             classes=7, hidden=256, layers=2, patient='noisy_or', mask_loss=1., dropout=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.),
         DetectionPreset(model='yolov5s', size=512, slice_mm=0., confidence=.25, predicted=0,
             epochs=20, batch=16, lr=1e-3, weight_decay=1e-2, ema=0.999), boxes='yolo'),
@@ -231,7 +239,7 @@ PRESETS = dict(
             low_spacing=4., low_patch=48, low_widths=(16,32,64,112), low_epochs=6, low_steps=700, loss='ce_dice',
             augment='neck3d', epochs=5, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
-            size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, mask_channel=False, slice_loss=1.,
+            size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, every=3, along='vertebrae', mask_channel=False, slice_loss=1.,
             classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, augment='light', epochs=6, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99),
         DetectionPreset(model='yolov5n', size=128, slice_mm=2., confidence=.25, predicted=0,
             epochs=10, batch=16, lr=2e-3, weight_decay=1e-2, ema=0.99), boxes='mask'),

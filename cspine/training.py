@@ -497,11 +497,12 @@ def train_classification(
     device:str|None=None,         # its name; None: a GPU where there is one
     precision:str='auto',         # of `PRECISIONS`; auto: what is fastest on the device
     batch:int|None=None,          # studies per step, of all processes together; another number than the preset's
+    model:str|None=None,          # another stage 2 than the preset's, by name: `cspine.rivals.RIVALS`
     crops:str|None=None,          # crop data set of `crop_data_set`, instead of `segmentation`
     detection:str|None=None,      # run folder of `train_detection`, whose boxes cut the crops; None: the label map's do
 ) -> Path:                        # the run folder
     "Train stage 2 on the crops that stage 1 finds, split as stage 1 was"
-    preset,data = get_preset(preset),Path(data)
+    preset,data = with_model(preset, model, stage='classification'),Path(data)
     if (segmentation is None) == (crops is None): raise CspineError('stage 2 learns from crops: name either the segmentation run that cuts them, or a crop data set')
     if crops is None:
         if (kind := read_run(segmentation)['kind']) != 'segmentation': raise CspineError(f'{segmentation} is a run of {kind}; stage 2 needs one of segmentation')
@@ -513,7 +514,8 @@ def train_classification(
     if batch: preset = replace(preset, classification=replace(preset.classification, batch=int(batch)))
     if preset.boxes == 'yolo' and begun.boxes == 'mask': print(f"preset {preset.name} cuts by YOLO's boxes; without --detection, the label map's cut", file=sys.stderr)
     # the crops are of that stage 1 and its YOLO, and so are the folds
-    preset = replace(preset, name=preset.name if begun.segmentation == preset.segmentation else begun.name, **{f:getattr(begun, f) for f in ('segmentation','folds','seed','boxes')})
+    preset = replace(preset, name=preset.name if begun.segmentation == preset.segmentation else f'{begun.name}-{model}' if model else begun.name,
+                     **{f:getattr(begun, f) for f in ('segmentation','folds','seed','boxes')})
     if preset.boxes == 'yolo': preset = replace(preset, detection=begun.detection)
     cls = preset.classification
     table = read_train(data/'train.csv')

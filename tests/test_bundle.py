@@ -119,8 +119,14 @@ def test_runs_of_another_kind_or_preset(tmp_path):
     p = small_preset()
     make_run(tmp_path/'seg', 'segmentation')
     make_run(tmp_path/'wide', 'classification', replace(p, classification=replace(p.classification, size=96)))
-    with pytest.raises(CspineError, match='different presets'):
-        bundle([tmp_path/'seg', tmp_path/'wide'], tmp_path/'b')
+    make_run(tmp_path/'small', 'classification', folds=(1,))
+    with pytest.raises(CspineError, match='different presets: classification.size is 64 there and 96 here'):
+        bundle([tmp_path/'seg', tmp_path/'wide', tmp_path/'small'], tmp_path/'b')
+    make_run(tmp_path/'coarse', 'segmentation', replace(p, segmentation=replace(p.segmentation, spacing=p.segmentation.spacing+1)))
+    with pytest.raises(CspineError, match='different presets: segmentation.spacing'):
+        bundle([tmp_path/'coarse', tmp_path/'wide'], tmp_path/'b')
+    bundle([tmp_path/'seg', tmp_path/'wide'], tmp_path/'b')   # what stage 1 was told of stage 2 is nothing to it
+    assert load_bundle(tmp_path/'b').preset.classification.size == 96
     make_run(tmp_path/'other', 'segmentation')
     (tmp_path/'other'/'run.json').write_text(json.dumps(dict(kind='denoising')))
     with pytest.raises(CspineError, match="kind 'denoising'"):

@@ -11,16 +11,22 @@ from sklearn.metrics import roc_auc_score
 
 import cspine.crops as crops_module
 import cspine.training as training
+from cspine.bundle import bundle, load_bundle
 from cspine.classification import CompetitionLoss, CrackNetBiLSTM, CropDataset, predict_probabilities
+from cspine.cropping import crop_planes
+from cspine.cli import main
 from cspine.dicom import write_series
+from cspine.evaluation import evaluate
+from cspine.metrics import read_oof
 from cspine.presets import TARGETS, CspineError, get_preset
-from cspine.rsna import PRIOR, folds, read_folds, read_train, write_folds
+from cspine.rivals import CLASSIFICATION
+from cspine.rsna import PRIOR, folds, metric, read_folds, read_train, write_folds
 from cspine.segmentation import build_segmentation, low_preset
 
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
                 segmentation=replace(low_preset(TINY.segmentation), widths=(4, 8), patch=16, steps=60, epochs=3),
-                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, size=32,
+                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, every=15, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
 
@@ -225,6 +231,44 @@ def test_a_ready_crop_data_set_trains_the_same(data, seg_run, tmp_path, monkeypa
     assert read_folds(ready/'folds.csv').sort_index().equals(read_folds(own/'folds.csv').sort_index())
     a, b = (pd.read_csv(r/'oof.csv').sort_values('StudyInstanceUID', ignore_index=True) for r in (own, ready))
     pd.testing.assert_frame_equal(a, b)
+
+
+def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, tmp_path, capsys):
+    run = train(data, seg_run, tmp_path/'r', fold='all')
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop: main(['evaluate', str(run), '--data', str(data), '--out', str(tmp_path/'f.csv'), '--threshold', '.4'])
+    assert not stop.value.code
+    said, table = capsys.readouterr().out, pd.read_csv(tmp_path/'f.csv').set_index(['row', 'figure'])
+    truth, oof = read_train(data/'train.csv'), read_oof(run)
+    assert table.value['all', 'metric'] == pytest.approx(metric(truth.loc[oof.index], oof))
+    called = oof.patient_overall >= .4
+    y = truth.loc[oof.index].patient_overall
+    assert table.value['patient_overall', 'sensitivity'] == pytest.approx((called & (y == 1)).sum()/y.sum())
+    assert f"{table.value['all', 'metric']:.3f}" in said and 'best constant' in said and 'C1-C7' in said
+    with pytest.raises(CspineError, match='two stages one after the other'): evaluate([run, seg_run], data)
+    other = tmp_path/'other'
+    other.mkdir()
+    truth.iloc[:2].to_csv(other/'train.csv')
+    with pytest.raises(CspineError, match='trained on other data'): evaluate([run], other)
+
+
+@pytest.mark.parametrize('model', ['slice_lstm', 'slice_lstm_patient', 'resnet101_3d'])
+def test_rivals_train_by_name_on_the_same_crops(data, seg_run, tmp_path, model):
+    "From one crop data set, through a run and a bundle to an answer; overlapping groups and volumes, too"
+    store = crops_module.crop_data_set(data, seg_run, tmp_path/'c', preset=SMALL, workers=1)
+    run = training.train_classification(data, SMALL, out=tmp_path/'r', crops=store.folder, model=model, epochs=1)
+    made = training.read_run(run)['preset']
+    rival = CLASSIFICATION[model]
+    assert made.name == f'tiny-{model}' and all(getattr(made.classification, f) == v for f, v in (rival.large | rival.small).items())
+    assert made.classification.size == SMALL.classification.size   # the preset's crops
+    oof = pd.read_csv(run/'oof.csv')
+    assert len(oof) and np.isfinite(oof[list(TARGETS)].to_numpy()).all()
+    loaded = load_bundle(bundle([seg_run, run], tmp_path/'b'))
+    uid = next(u for u in oof.StudyInstanceUID if u in store)
+    s = store.read(uid)
+    cls = loaded.preset.classification
+    p = predict_probabilities(loaded.classification, cls, crop_planes(s['crops'], s['masks'], cls), s['present'])
+    assert cls == made.classification and (np.abs(p - oof.set_index('StudyInstanceUID').loc[uid, list(TARGETS)]) < .02).all()   # float16 weights
 
 
 def test_killed_and_resumed_is_as_if_never_killed(data, seg_run, tmp_path, monkeypatch):

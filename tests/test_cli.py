@@ -73,9 +73,9 @@ def test_spelling_of_the_options():
     wanted = {'phantom': '--train --test --size --seed', 'inspect': '--png', 'bundle': '--out', 'predict': '--bundle',
               'train segmentation': '--data --preset --out --fold --epochs --resume --weights --model --input',
               'train detection': '--data --preset --segmentation --out --fold --epochs --resume --predicted',
-              'train classification': '--data --preset --segmentation --crops --out --fold --epochs --resume --weights',
+              'train classification': '--data --preset --segmentation --crops --out --fold --epochs --resume --weights --model',
               'crop': '--data --bundle --masks --out --preset --workers --device --view',
-              'submit': '--data --bundle --out', 'score': '--truth --submission', 'evaluate': '--data --out --views --surfaces', 'rivals': '', 'presets': ''}
+              'submit': '--data --bundle --out', 'score': '--truth --submission', 'evaluate': '--data --out --views --surfaces --threshold', 'rivals': '', 'presets': ''}
     assert set(wanted) == set(COMMANDS)
     for command, options in wanted.items():
         text = cspine(*command.split(), '--help').stdout
@@ -141,13 +141,13 @@ def test_train_passes_on_what_was_asked(monkeypatch):
             seen.append(_bind(*args, **kw).arguments)
         monkeypatch.setattr(cspine.training, f'train_{stage}', record)
     for line in ('segmentation --data d --preset paper --out r --fold all --epochs 3 --resume --weights w.pth --device cpu --precision fp32 --batch 4 --input 2.5d',
-                 'classification --data d --preset tiny --segmentation s --out r --fold 2', 'segmentation --data d --out r'):
+                 'classification --data d --preset tiny --segmentation s --out r --fold 2 --model vit', 'segmentation --data d --out r'):
         with pytest.raises(SystemExit) as stop: cli.main(['train', *line.split()])
         assert not stop.value.code
     d, r = Path('d'), Path('r')
     left = dict(device=None, precision='auto', batch=None)
     assert seen == [dict(data=d, preset='paper', out=r, fold='all', epochs=3, resume=True, weights='w.pth', device='cpu', precision='fp32', batch=4, model=None, input='2.5d'),
-                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, crops=None, detection=None, **left),
+                    dict(data=d, preset='tiny', segmentation=Path('s'), out=r, fold=2, epochs=None, resume=False, weights=None, crops=None, detection=None, model='vit', **left),
                     dict(data=d, preset='tiny', out=r, fold=0, epochs=None, resume=False, weights=None, model=None, input=None, **left)]
 
 

@@ -207,7 +207,7 @@ def test_tilt_needs_a_label_map():
 def test_a_network_with_a_mask_channel(tmp_path, group, planes):
     "Through a bundle and back: the first convolution has a channel more, and the mask changes the answer"
     small = small_preset()
-    preset = replace(small, classification=replace(small.classification, group=group, mask_channel=True))
+    preset = replace(small, classification=replace(small.classification, group=group, every=group, mask_channel=True))
     bundle = load_bundle(random_bundle(tmp_path/'b', preset))
     assert bundle.preset == preset and preset.classification.planes == 6 + 6//group
     assert next(bundle.classification[0].encoder.parameters()).shape[1] == planes
@@ -465,7 +465,7 @@ def test_every_field_that_decides_is_looked_at():
     base = replace(TINY, slices=6, size=32)
     want = crop_study(study.volume, study.labels, base)
     other = dict(encoder='resnet18', pretrained=False, decoder_channels=(16, 8, 8, 8, 8), slices=8, size=40, margin_mm=9., window=(900, 300), tilt=True, isolate=True,
-                 group=6, mask_channel=True, slice_loss=.5, classes=3, hidden=8, layers=1, patient='noisy_or', mask_loss=.3, dropout=.5, augment='none', epochs=3, batch=1,
+                 group=6, every=6, along='slices', mask_channel=True, slice_loss=.5, classes=3, hidden=8, layers=1, patient='noisy_or', mask_loss=.3, dropout=.5, augment='none', epochs=3, batch=1,
                  lr=1e-5, weight_decay=.5, ema=.5)
     assert set(other) == set(base.__dataclass_fields__)
     for field, value in other.items():
