@@ -162,7 +162,7 @@ class CrackNetBiLSTM(nn.Module):
         seen = self.drop(seen)
         vertebrae = self.vertebra(seen)[...,0].float()
         if g > 1: vertebrae = vertebrae + self.weight*(slices.logsumexp(2) - np.log(g))
-        patient = noisy_or(vertebrae, present)
+        patient = noisy_or(vertebrae, present) if self.preset.patient != 'max' else vertebrae.masked_fill(~present, -30).amax(1)
         if self.preset.patient == 'head':
             there = present[...,None]
             top = seen.masked_fill(~there, -1).amax(1)   # an LSTM's output lies in (-1, 1)

@@ -118,7 +118,7 @@ class ClassificationPreset:
     classes:int             # channels of the map: C1-C7
     hidden:int              # units of the LSTM, per direction
     layers:int              # layers of the LSTM
-    patient:str             # patient_overall from the seven: 'noisy_or', or its own 'head'
+    patient:str             # patient_overall from the seven: 'noisy_or', 'max', or 'head', the noisy or with a correction that is learned
     mask_loss:float         # weight of the map's loss; 0: none
     dropout:float
     augment:str             # 'paper' or 'light'
@@ -168,7 +168,7 @@ class Preset:
 
 # %% ../nbs/00_presets.ipynb #7141ae42
 _CHOICES = dict(model=('unet2d','unet3d','cascade3d','resnet3d','visible2d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice','bce'),
-                augment=('paper','neck3d','light','none'), patient=('noisy_or','head'), along=('vertebrae','slices','neck'), boxes=('mask','yolo'))
+                augment=('paper','neck3d','light','none'), patient=('noisy_or','max','head'), along=('vertebrae','slices','neck'), boxes=('mask','yolo'))
 _DETECTORS = tuple(f'yolov5{s}' for s in 'nsmlx')
 # What a number may be. A preset may come with a bundle from elsewhere: nothing in it may take the machine down.
 _LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64), size=(16,2048), spacing=(.5,20), low_spacing=(.5,20), patch=(8,512), low_patch=(8,512), widths=(1,2048),
