@@ -681,6 +681,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cspine.training._fine_item': ('training.html#_fine_item', 'cspine/training.py'),
                                  'cspine.training._finish_fold': ('training.html#_finish_fold', 'cspine/training.py'),
                                  'cspine.training._first': ('training.html#_first', 'cspine/training.py'),
+                                 'cspine.training._lock': ('training.html#_lock', 'cspine/training.py'),
                                  'cspine.training._mask_file': ('training.html#_mask_file', 'cspine/training.py'),
                                  'cspine.training._need_fastai': ('training.html#_need_fastai', 'cspine/training.py'),
                                  'cspine.training._number_or_none': ('training.html#_number_or_none', 'cspine/training.py'),

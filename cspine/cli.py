@@ -313,6 +313,8 @@ def main(
 def _sentence(e):
     "One line that says what went wrong; our own errors already do"
     text = ' '.join(str(e).split())
+    if isinstance(e, OSError) and e.strerror and not isinstance(e, CspineError):
+        return f'{e.strerror}{": " + str(e.filename) if e.filename else ""}; look whether that place is there, may be written to, and has room'
     if isinstance(e, (CspineError,OSError)) and text: return text
     return f'{type(e).__name__}{": " if text else ""}{text} (CSPINE_DEBUG=1 shows where)'
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock,Timeout
 from safetensors.torch import save_file
 from .presets import LEVELS,TARGETS,CspineError,Preset,get_preset,progress,_clock
 from .rsna import find_studies,folds,read_folds,read_mask,read_train,write_folds,write_whole
@@ -383,8 +384,20 @@ def _origin(data):
     except (OSError,ValueError,KeyError,TypeError,AttributeError): return data.resolve().name
     return ' '.join(['cspine phantom', *(f'--{k}' if v is True else f'--{k} {v}' for k,v in asked)])
 
-def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None):
-    "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own; `crops_by`: the SHA-256 of what cut the crops"
+_LOCKS = {}   # run folder -> its lock, held until the process ends or trains there again
+
+def _lock(out):
+    "One training in a run folder at a time"
+    out = out.resolve()
+    if out in _LOCKS: _LOCKS.pop(out).release()
+    lock = FileLock(out/'.lock', blocking=False)
+    try: lock.acquire()
+    except Timeout: raise CspineError(f'another process trains in {out}; wait for it, or choose another --out') from None
+    _LOCKS[out] = lock
+
+def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None, which=()):
+    "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own; `crops_by`: the SHA-256 of what cut the crops; `which`: the folds to train"
+    _need_fastai()   # now, not after the reading
     out,path = Path(out),Path(out)/'run.json'
     d = dict(kind=kind, preset=preset.to_dict(), data=_origin(data), folds=[], seed=preset.seed, figures={}, **({'crops_by':crops_by} if crops_by else {}))
     if path.exists():
@@ -393,12 +406,17 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
         of = (kind,'folds','seed') + (('boxes','segmentation')+(('detection',) if preset.boxes == 'yolo' else ()) if kind == 'classification' else ())
         same = all(getattr(old['preset'], f) == getattr(preset, f) for f in of) and old.get('crops_by') == crops_by
         if resume and not same:
-            raise CspineError(f'{out} was begun with another preset or number of epochs, or on crops that other networks cut; resume it with those, or choose another folder')
+            raise CspineError(f'{out} was begun with another preset, model or number of epochs, or on crops that other networks cut; resume it with those, or choose another folder')
+        if not _rank(): _lock(out)
+        there = [k for k in which if any((out/f'fold{k}').rglob('epoch_*.pt')) or (out/f'fold{k}'/'model.safetensors').exists()]
+        if there and not resume and not _rank():
+            raise CspineError(f'{out} has fold {there[0]} already, trained or begun: go on with --resume, or choose another folder (to train it anew, remove {out}/fold{there[0]})')
         if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
         if same and known is None and (out/'folds.csv').exists(): known = read_folds(out/'folds.csv')   # what it was begun with
     elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise CspineError(f'{out} exists and is no run folder; choose another --out, or empty it')
     out.mkdir(parents=True, exist_ok=True)
+    if not _rank(): _lock(out)
     fold_of = known[known.index.isin(table.index)] if known is not None else pd.Series(dtype=int)
     if len(new := table[~table.index.isin(fold_of.index)]):
         few = len(fold_of) and len(new) < preset.folds
@@ -456,7 +474,7 @@ def train_segmentation(
     place,state = _place(device)
     of = state.num_processes if state else 1
     dtype = _dtype(precision, place)
-    with _first(): out,fold_of = _start_run(out, 'segmentation', preset, data, table, resume)
+    with _first(): out,fold_of = _start_run(out, 'segmentation', preset, data, table, resume, which=which)
     for k in which:
         train,valid = [[u for u in masked if (fold_of[u]==k) == v] for v in (False,True)]
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with a mask to train on and {len(valid)} to validate; more masks or fewer folds are needed')
@@ -523,7 +541,7 @@ def train_classification(
         if n := len(table) - len(table := table[table.index.isin(store.table.index)]): print(f'{n} studies of {data}/train.csv are not in {crops}, they are left out', file=sys.stderr)
     which = _which(fold, preset.folds)
     _dtype(precision, _place(device)[0])   # what cannot be is said now
-    with _first(): out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known, by)
+    with _first(): out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known, by, which)
     with _first():
         if crops is None: store = crop_data_set(data, segmentation, out/'crops'/crop_key(cls), preset, workers, fold_of=fold_of, detection=detection)
     seen = sorted(u for u in fold_of.index if u in store)   # an order that does not depend on which study was cut first
@@ -649,7 +667,7 @@ def train_detection(
     masked = [u for u in table.index if _mask_file(data, u).exists()]
     extra = [u for u in table.index if u not in set(masked)]
     extra = [extra[i] for i in np.random.default_rng(preset.seed).permutation(len(extra))[:det.predicted]]
-    out,fold_of = _start_run(out, 'detection', preset, data, table, resume, read_folds(run/'folds.csv'))
+    out,fold_of = _start_run(out, 'detection', preset, data, table, resume, read_folds(run/'folds.csv'), which=which)
     fold_at = lambda u: int(fold_of[u]) if fold_of[u] in trained else trained[0]
     paths = _cache_slices(data, masked, extra, fold_at, run, out/'cache', preset, workers)
     for k in which:

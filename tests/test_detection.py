@@ -80,7 +80,7 @@ def trained(data, seg, tmp_path_factory):
 def test_no_network_and_no_files_but_the_run(trained):
     at, done = trained
     assert not [*(at/'home').rglob('*')] and not [*(at/'here').rglob('*')]
-    assert {p.name for p in (at/'run').iterdir()} == {'run.json', 'folds.csv', 'boxes.csv', 'fold0', 'cache'}
+    assert {p.name for p in (at/'run').iterdir()} == {'run.json', 'folds.csv', 'boxes.csv', 'fold0', 'cache', '.lock'}
     assert {p.name for p in (at/'run'/'fold0').iterdir()} == {'model.safetensors', 'log.csv', 'checkpoints'}
     assert len(done.stdout.splitlines()) == 1 and done.stdout.startswith('fold 0: IoU')   # and nothing of ultralytics'
     assert 'ltralytics' not in done.stdout + done.stderr
@@ -124,7 +124,7 @@ def test_a_run_that_was_cut_off_ends_the_same(data, seg, trained, tmp_path, monk
     train_detection(data, SMALL, seg, tmp_path/'run', resume=True, workers=1)
     whole, cut_off = (load_file(r/'fold0'/'model.safetensors') for r in (trained[0]/'run', tmp_path/'run'))
     for k, v in whole.items(): torch.testing.assert_close(cut_off[k], v, rtol=1e-3, atol=1e-4)
-    with pytest.raises(CspineError, match='another preset or number of epochs'):
+    with pytest.raises(CspineError, match='another preset, model or number of epochs'):
         train_detection(data, SMALL, seg, tmp_path/'run', resume=True, epochs=5)
 
 

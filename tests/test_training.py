@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+import cspine.training as training
 from cspine.phantom import phantom
 from cspine.presets import CspineError,Preset,get_preset
 from cspine.segmentation import CubeDataset,FineDataset,SegmentationFigures,SliceDataset,build_segmentation,cache_studies,low_preset
@@ -114,7 +115,7 @@ def test_a_run_keeps_the_folds_it_was_begun_with(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kw,says', [
     (dict(fold=7), 'fold must be all or a number from 0 to 1'), (dict(preset='huge'), 'paper, tiny'),
-    (dict(weights='x.pth'), 'no encoder weights'), (dict(epochs=9, resume=True), 'another preset or number of epochs')])
+    (dict(weights='x.pth'), 'no encoder weights'), (dict(epochs=9, resume=True), 'another preset, model or number of epochs')])
 def test_what_cannot_work_is_said(run, data, kw, says):
     with pytest.raises(CspineError, match=says): train_segmentation(**{**dict(data=data, preset=SMALL, out=run), **kw})
 
@@ -134,3 +135,22 @@ def test_masks_are_needed(data, tmp_path):
 def test_a_preset_travels_through_the_run(run):
     assert Preset.from_dict(json.loads((run/'run.json').read_text())['preset']) == SMALL
     assert np.isfinite(pd.read_csv(run/'fold0'/'log.csv').seconds).all()
+
+
+def test_a_trained_fold_is_not_trained_over(data, tmp_path, monkeypatch):
+    "Forgetting --resume costs nothing; nor do two processes share a run"
+    monkeypatch.setattr(training, '_LOCKS', {})
+    table = read_train(data/'train.csv')
+    def start(resume=False, which=(0,)): _start_run(tmp_path/'run', 'segmentation', SMALL, data, table, resume, which=which)
+    start()
+    kept = tmp_path/'run'/'fold0'/'low'/'checkpoints'/'epoch_001.pt'
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b'x')
+    with pytest.raises(CspineError, match='has fold 0 already, trained or begun: go on with --resume'): start()
+    assert kept.exists()
+    start(resume=True)
+    start(which=[1])
+    lock = training._LOCKS.pop((tmp_path/'run').resolve())   # as another process holds it
+    with pytest.raises(CspineError, match='another process trains in'): start(resume=True)
+    lock.release()
+    start(resume=True)
