@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .presets import LEVELS,TARGETS,CspineError
-from .rsna import UID,best_constant,metric,read_table,read_train,validate_uid
+from .rsna import UID,_losses,best_constant,metric,read_table,read_train,validate_uid
 
 # %% ../nbs/24_metrics.ipynb #beb4fbc7
 def calibration_error(
@@ -46,15 +46,15 @@ def fracture_metrics(
     seed:int=0,           # of the bootstrap
 ) -> pd.DataFrame:        # a row per row and figure: row, figure, value, low, high (2.5th and 97.5th percentile), constant, fractured, of
     "Every figure with its interval, beside what the best constant gets"
-    total = metric(truth, guess)   # and says what does not fit
+    w,loss = _losses(truth, guess)   # and says what does not fit
     guess = guess.loc[truth.index]
     flat = pd.DataFrame([best_constant(truth)]*len(truth), index=truth.index)
     y,p,c = (t[list(TARGETS)].to_numpy() for t in (truth, guess, flat))
     rng = np.random.default_rng(seed)
     draws = [rng.integers(0, len(y), len(y)) for _ in range(samples)]
     def interval(values): return np.nanpercentile(values, (2.5, 97.5)) if np.isfinite(values).any() else (np.nan, np.nan)
-    loss = np.array([metric(truth.iloc[[i]], guess.iloc[[i]]) for i in range(len(y))])   # the metric is a mean over studies
-    out = [('all', 'metric', total, *interval([loss[d].mean() for d in draws]), metric(truth, flat), int(y[:,7].sum()), len(y))]
+    loss = (w*loss).sum(1)/w.sum(1)   # the metric is its mean over studies
+    out = [('all', 'metric', loss.mean(), *interval([loss[d].mean() for d in draws]), metric(truth, flat), int(y[:,7].sum()), len(y))]
     for row in ROWS:
         yr,pr = _column(y, row),_column(p, row)
         own,plain = _figures(yr, pr, threshold),_figures(yr, _column(c, row), threshold)

@@ -17,6 +17,7 @@ class Rival:
     sees:str       # what goes in
     large:dict     # fields of the preset's segmentation or classification, as published
     small:dict     # what else is changed for a preset that runs on two cores
+    boxes:str|None=None   # whose boxes cut the crops of stage 2, 'yolo' or 'mask'; None: the preset's
 
 _GRID = dict(in_channels=3, classes=9, input='windows', size=None, low_spacing=None, low_patch=None, low_widths=None, low_epochs=0, low_steps=0,
              pretrained=False, loss='ce_dice', augment='neck3d', batch=1, weight_decay=1e-2, ema=.99)
@@ -41,11 +42,11 @@ _SEQUENCE = dict(_CRACK, group=1, every=2, along='slices', layers=1, patient='no
 _WINNER = dict(_SEQUENCE, encoder='tu-tf_efficientnetv2_s', group=5, mask_channel=True, dropout=.3, layers=2, patient='head')
 _LITE = dict(encoder='tu-tf_efficientnet_lite0', hidden=128)   # the one with ImageNet weights that a package brings
 
+_PAPER = dict(_CRACK, encoder='resnet101', decoder_channels=(256,128,64,32,16), hidden=256, patient='noisy_or', mask_loss=1.),dict(_LITE, decoder_channels=(64,48,32,24,16))
+
 CLASSIFICATION = dict(
-    cracknet_bilstm=Rival('the paper, Tables II and III', "30 slices as channels, YOLO's boxes",
-        dict(_CRACK, encoder='resnet101', decoder_channels=(256,128,64,32,16), hidden=256, patient='noisy_or', mask_loss=1.), dict(_LITE, decoder_channels=(64,48,32,24,16))),
-    cracknet_bilstm_no_yolo=Rival('the paper, Table II', "30 slices as channels, the label map's boxes",
-        dict(_CRACK, encoder='resnet101', decoder_channels=(256,128,64,32,16), hidden=256, patient='noisy_or', mask_loss=1.), dict(_LITE, decoder_channels=(64,48,32,24,16))),
+    cracknet_bilstm=Rival('the paper, Tables II and III', "30 slices as channels, YOLO's boxes", *_PAPER, boxes='yolo'),
+    cracknet_bilstm_no_yolo=Rival('the paper, Table II', "30 slices as channels, the label map's boxes", *_PAPER, boxes='mask'),
     cnn_lstm=Rival('the paper, Tables II and III, "simple CNN-LSTM"', 'single slices', dict(_SEQUENCE, encoder='resnet18', pretrained=False, hidden=128), dict(encoder='tu-resnet10t')),
     alexnet_lstm=Rival('the paper, Table III; Shahzadi 2018', 'single slices', dict(_SEQUENCE, encoder='alexnet', pretrained=False, hidden=256), {}),
     resnet_lstm=Rival('the paper, Table III; Shahzadi 2018', 'single slices', dict(_SEQUENCE, encoder='resnet50', hidden=256), dict(encoder='resnet18')),
@@ -78,8 +79,7 @@ def with_model(
             cls = preset.classification
             fields = rival.large if cls.size >= 192 else {**rival.large, **rival.small}
             if cls.slices != 30: raise CspineError(f'the models of stage 2 take crops of 30 slices, and preset {preset.name} has {cls.slices}')
-            boxes = {'cracknet_bilstm':'yolo', 'cracknet_bilstm_no_yolo':'mask'}.get(model, preset.boxes)
-            return replace(preset, classification=replace(cls, **fields), boxes=boxes, name=f'{preset.name}-{model}')
+            return replace(preset, classification=replace(cls, **fields), boxes=rival.boxes or preset.boxes, name=f'{preset.name}-{model}')
         fields = dict(rival.large) if seg.by_slice and seg.size >= 384 else {**rival.large, **rival.small}
         seg = replace(seg, **fields)
     if input is not None:

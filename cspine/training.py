@@ -399,6 +399,7 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
     "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own; `crops_by`: the SHA-256 of what cut the crops; `which`: the folds to train"
     _need_fastai()   # now, not after the reading
     out,path = Path(out),Path(out)/'run.json'
+    same = True
     d = dict(kind=kind, preset=preset.to_dict(), data=_origin(data), folds=[], seed=preset.seed, figures={}, **({'crops_by':crops_by} if crops_by else {}))
     if path.exists():
         old = read_run(out)
@@ -407,16 +408,17 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
         same = all(getattr(old['preset'], f) == getattr(preset, f) for f in of) and old.get('crops_by') == crops_by
         if resume and not same:
             raise CspineError(f'{out} was begun with another preset, model or number of epochs, or on crops that other networks cut; resume it with those, or choose another folder')
-        if not _rank(): _lock(out)
-        there = [k for k in which if any((out/f'fold{k}').rglob('epoch_*.pt')) or (out/f'fold{k}'/'model.safetensors').exists()]
-        if there and not resume and not _rank():
-            raise CspineError(f'{out} has fold {there[0]} already, trained or begun: go on with --resume, or choose another folder (to train it anew, remove {out}/fold{there[0]})')
         if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
         if same and known is None and (out/'folds.csv').exists(): known = read_folds(out/'folds.csv')   # what it was begun with
     elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise CspineError(f'{out} exists and is no run folder; choose another --out, or empty it')
     out.mkdir(parents=True, exist_ok=True)
-    if not _rank(): _lock(out)
+    if not _rank():
+        _lock(out)
+        there = [k for k in range(preset.folds) if any((out/f'fold{k}').rglob('epoch_*.pt')) or (out/f'fold{k}'/'model.safetensors').exists()]
+        if not resume and (there := [k for k in there if k in which or not same]):
+            raise CspineError(f'{out} has fold {there[0]} already, trained or begun{"" if same else ", with another preset, model or number of epochs"}: '
+                              f'go on with --resume, or choose another folder (to train it anew, remove {out}/fold{there[0]})')
     fold_of = known[known.index.isin(table.index)] if known is not None else pd.Series(dtype=int)
     if len(new := table[~table.index.isin(fold_of.index)]):
         few = len(fold_of) and len(new) < preset.folds

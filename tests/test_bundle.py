@@ -244,6 +244,7 @@ def cut(folder):
     (preset('classification', encoder='resnet_of_tomorrow'), 'no classification model can be built'),
     (preset('classification', size=10**6), 'size of the preset should lie in 16 to 2048'),
     (preset('classification', group=0), 'group'),
+    (preset('classification', every=7), 'every should divide the slices'),
     (preset('classification', window=[0, 0]), 'window'),
     (preset('classification', window=[1800]), 'window'),
     (preset('segmentation', spacing=0), 'spacing of the preset should lie in'),

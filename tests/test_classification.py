@@ -236,14 +236,17 @@ def test_a_ready_crop_data_set_trains_the_same(data, seg_run, tmp_path, monkeypa
 def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, tmp_path, capsys):
     run = train(data, seg_run, tmp_path/'r', fold='all')
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop: main(['evaluate', str(run), '--data', str(data), '--out', str(tmp_path/'f.csv'), '--threshold', '.4'])
+    truth, oof = read_train(data/'train.csv'), read_oof(run)
+    threshold = oof.patient_overall.sort_values().iloc[len(oof)//2]   # some above, some below
+    with pytest.raises(SystemExit) as stop: main(['evaluate', str(run), '--data', str(data), '--out', str(tmp_path/'f.csv'), '--threshold', str(threshold)])
     assert not stop.value.code
     said, table = capsys.readouterr().out, pd.read_csv(tmp_path/'f.csv').set_index(['row', 'figure'])
-    truth, oof = read_train(data/'train.csv'), read_oof(run)
     assert table.value['all', 'metric'] == pytest.approx(metric(truth.loc[oof.index], oof))
-    called = oof.patient_overall >= .4
+    called = oof.patient_overall >= threshold
+    assert 0 < called.sum() < len(called)
     y = truth.loc[oof.index].patient_overall
     assert table.value['patient_overall', 'sensitivity'] == pytest.approx((called & (y == 1)).sum()/y.sum())
+    assert table.value['patient_overall', 'specificity'] == pytest.approx((~called & (y == 0)).sum()/(y == 0).sum())
     assert f"{table.value['all', 'metric']:.3f}" in said and 'best constant' in said and 'C1-C7' in said
     with pytest.raises(CspineError, match='two stages one after the other'): evaluate([run, seg_run], data)
     other = tmp_path/'other'

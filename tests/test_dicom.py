@@ -583,7 +583,7 @@ def test_a_listing_that_fails_is_said(tmp_path, monkeypatch):
     with pytest.raises(EmptyFolder, match=r'S1 cannot be listed \(Permission denied\)'): read_series(tmp_path)
 
 
-@pytest.mark.skipif(not Path('/dev/null').exists(), reason='no such device')
+@pytest.mark.skipif(not Path('/dev/null').exists(), reason='only Unix has this device to be refused; a folder that is none is tested everywhere')
 def test_a_device_is_no_study():
     with pytest.raises(EmptyFolder, match='neither a folder nor a file'): read_series('/dev/null')
 

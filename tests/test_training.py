@@ -150,6 +150,8 @@ def test_a_trained_fold_is_not_trained_over(data, tmp_path, monkeypatch):
     assert kept.exists()
     start(resume=True)
     start(which=[1])
+    with pytest.raises(CspineError, match='has fold 0 already, trained or begun, with another preset'):   # a run has one recipe
+        _start_run(tmp_path/'run', 'segmentation', replace(SMALL, seed=1), data, table, False, which=[1])
     lock = training._LOCKS.pop((tmp_path/'run').resolve())   # as another process holds it
     with pytest.raises(CspineError, match='another process trains in'): start(resume=True)
     lock.release()
