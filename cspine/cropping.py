@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_TILT', 'AIR', 'MUSCLE', 'boxes_from_labels', 'cut_by_scan', 'vertebra_axes', 'crop_vertebrae', 'crop_masks',
-           'crop_slices', 'whole_vertebra', 'group_masks', 'crop_planes']
+           'crop_slices', 'crop_fractures', 'crop_points', 'whole_vertebra', 'group_masks', 'crop_planes']
 
 # %% ../nbs/12_cropping.ipynb #312e5a37
 from collections import namedtuple
@@ -199,6 +199,11 @@ def crop_masks(
         if frame is not None: masks[level] = (_resample(labels == level+1, frame, spacing) >= .5).numpy()
     return masks
 
+def _owners(fractures, labels, fractured):
+    "The level of the fractured vertebra that fills most of each box, -1 where none is in it"
+    counts = [np.bincount(labels[z0:z1, y0:y1, x0:x1].ravel(), minlength=9)[1:8]*np.asarray(fractured, bool) for z0,z1,y0,y1,x0,x1 in fractures]
+    return [int(c.argmax()) if c.any() else -1 for c in counts]
+
 def crop_slices(
     fractures:np.ndarray,         # (n, 6) half open boxes of fractures on the volume's grid, as z0, z1, y0, y1, x0, x1
     labels:np.ndarray,            # (z, y, x) uint8 on the volume's grid
@@ -210,12 +215,7 @@ def crop_slices(
     "Which slices of each crop are fractured: a box counts for the fractured vertebra that fills most of it"
     out = np.zeros((7, preset.slices), np.uint8)
     out[np.asarray(fractured, bool)] = 255
-    known = out[:,0] == 255
-    owner = []
-    for z0,z1,y0,y1,x0,x1 in fractures:
-        count = np.bincount(labels[z0:z1, y0:y1, x0:x1].ravel(), minlength=9)[1:8]*known
-        owner.append(int(count.argmax()) if count.any() else -1)
-    frames = _frames(boxes, spacing, preset, labels)
+    owner,frames = _owners(fractures, labels, fractured),_frames(boxes, spacing, preset, labels)
     for level in set(owner) - {-1}:
         if (frame := frames[level]) is None: continue
         down = np.array([1.,0,0]) if frame.axes is None else frame.axes[0]
@@ -226,6 +226,40 @@ def crop_slices(
         # a box lies along the scan's slices: in a tilted crop its middle is in the fracture, its ends may be above or below
         sure,perhaps = met(thick), met(reach)
         if sure.any(): out[level] = np.where(sure, 1, np.where(perhaps, 255, 0))       # else the fracture lies outside its crop
+    return out
+
+def crop_fractures(
+    fractures:np.ndarray,         # (n, 6), as for `crop_slices`
+    labels:np.ndarray,            # (z, y, x) uint8 on the volume's grid
+    spacing,                      # (3,) mm per voxel, (z, y, x)
+    boxes:np.ndarray,             # (7, 6), as for `crop_vertebrae`
+    fractured:np.ndarray,         # (7,) bool: what the study's labels say
+    preset:ClassificationPreset,  # slices, size, margin and tilt
+) -> np.ndarray:                  # (7, slices, size, size) bool
+    "The boxes of each vertebra's own fractures under its crop: true where at least half of a pixel lies in one"
+    out = np.zeros((7, preset.slices, preset.size, preset.size), bool)
+    owner,frames = _owners(fractures, labels, fractured),_frames(boxes, spacing, preset, labels)
+    for level in set(owner) - {-1}:
+        if frames[level] is None: continue
+        inside = np.zeros(labels.shape, np.uint8)
+        for (z0,z1,y0,y1,x0,x1),o in zip(fractures, owner):
+            if o == level: inside[z0:z1, y0:y1, x0:x1] = 1
+        out[level] = (_resample(inside, frames[level], spacing) >= .5).numpy()
+    return out
+
+def crop_points(
+    points:np.ndarray,            # (7, 3) places in the crops, from 0 to 1 along slices, rows and columns; nan: none
+    boxes:np.ndarray,             # (7, 6), as for `crop_vertebrae`
+    spacing,                      # (3,) mm per voxel, (z, y, x)
+    preset:ClassificationPreset,  # margin and tilt
+    labels:np.ndarray=None,       # (z, y, x) uint8 label map of the scan, for a preset that follows the vertebra's tilt
+) -> np.ndarray:                  # (7, 3) float voxels (z, y, x), the middle of voxel 0 at 0; nan where there is no point or no vertebra
+    "Where in the scan a place in each crop lies"
+    out = np.full((7,3), np.nan)
+    for level,f in enumerate(_frames(boxes, spacing, preset, labels)):
+        if f is None: continue
+        at = f.corner + points[level]*f.step*f.n
+        out[level] = (at if f.axes is None else at @ f.axes)/np.asarray(spacing, float) - .5
     return out
 
 def whole_vertebra(

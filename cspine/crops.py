@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 import imagecodecs
 import numpy as np, pandas as pd, torch
-from .cropping import boxes_from_labels,crop_masks,crop_slices,crop_vertebrae,cut_by_scan
+from .cropping import boxes_from_labels,crop_fractures,crop_masks,crop_slices,crop_vertebrae,cut_by_scan
 from .detection import predict_boxes
 from .dicom import DicomError,read_series,study_files
 from .presets import LEVELS,ClassificationPreset,CspineError,Preset,get_preset,progress
@@ -27,14 +27,15 @@ def crop_study(
     fractured=None,               # (7,) bool of train.csv; None: none is
     fractures=None,               # (n, 6) int boxes of fractures on the volume's grid, of `fracture_boxes`; None: none was drawn
     boxes=None,                   # (7, 6) to cut by; None: `boxes_from_labels`
-) -> dict:                        # crops (7, slices, S, S) uint8, masks of the same shape bool, present (7,) bool, cut (7,) bool, broken (7, slices) uint8
-    "All that stage 2 learns from a study: `crop_vertebrae`, `crop_masks`, `cut_by_scan` and `crop_slices`"
+) -> dict:                        # crops (7, slices, S, S) uint8, masks and fractures of the same shape bool, present (7,) bool, cut (7,) bool, broken (7, slices) uint8
+    "All that stage 2 learns from a study: `crop_vertebrae`, `crop_masks`, `cut_by_scan`, `crop_slices` and `crop_fractures`"
     if boxes is None: boxes = boxes_from_labels(labels)
     if fractured is None: fractured = np.zeros(7, bool)
     if fractures is None: fractures = np.zeros((0,6), int)
     crops,present = crop_vertebrae(volume, boxes, preset, labels)
     return dict(crops=crops, masks=crop_masks(labels, volume.spacing, boxes, preset), present=present, cut=cut_by_scan(boxes, labels.shape),
-                broken=crop_slices(fractures, labels, volume.spacing, boxes, fractured, preset))
+                broken=crop_slices(fractures, labels, volume.spacing, boxes, fractured, preset),
+                fractures=crop_fractures(fractures, labels, volume.spacing, boxes, fractured, preset))
 
 def fracture_boxes(
     volume,              # `Volume`
@@ -55,21 +56,23 @@ def _pack(study):
     out = {k:study[k].astype(np.uint8) for k in ('present','cut','broken')}
     for level in np.flatnonzero(study['present']):
         out |= {f'crop.{LEVELS[level]}':squeeze(study['crops'][level]), f'mask.{LEVELS[level]}':squeeze(np.packbits(study['masks'][level]))}
+        if study['fractures'][level].any(): out[f'fractures.{LEVELS[level]}'] = squeeze(np.packbits(study['fractures'][level]))
     return save(out)
 
 def _unpack(data, shape):
     "What `_pack` was given; `shape` (slices, S, S)"
     from safetensors.numpy import load
     d,n = load(data),int(np.prod(shape))
-    out = dict(crops=np.zeros((7, *shape), np.uint8), masks=np.zeros((7, *shape), bool), present=d['present'] > 0, cut=d['cut'] > 0, broken=d['broken'].copy())
+    out = dict(crops=np.zeros((7, *shape), np.uint8), masks=np.zeros((7, *shape), bool), fractures=np.zeros((7, *shape), bool), present=d['present'] > 0, cut=d['cut'] > 0, broken=d['broken'].copy())
     for level in np.flatnonzero(out['present']):
         spread = lambda k: np.frombuffer(imagecodecs.zstd_decode(d[f'{k}.{LEVELS[level]}'].tobytes()), np.uint8)
         out['crops'][level] = spread('crop').reshape(shape)
         out['masks'][level] = np.unpackbits(spread('mask'), count=n).reshape(shape)
+        if f'fractures.{LEVELS[level]}' in d: out['fractures'][level] = np.unpackbits(spread('fractures'), count=n).reshape(shape)
     return out
 
 # %% ../nbs/12_crops.ipynb #afadb6c8
-FORMAT = 1      # raised when an older cspine can no longer read what a newer one writes
+FORMAT = 2      # raised when an older cspine can no longer read what a newer one writes
 CROP_FIELDS = 'slices','size','margin_mm','window','tilt','isolate'   # of a `ClassificationPreset`: those that decide what is in a crop
 _COLUMNS = 'StudyInstanceUID','fold','labelled_by','made_from','fractured','vertebrae','from_mask','cut','bytes','sha256','why'
 

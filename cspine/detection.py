@@ -46,6 +46,7 @@ def _ultralytics():
 
 def build_detection(
     preset:DetectionPreset,  # its `model` decides
+    channels:int=3,          # of a slice
 ) -> nn.Module:              # in training a dict of raw predictions; in evaluation (boxes x y w h in px and seven scores (B, 11, anchors), the dict)
     "YOLOv5 for seven classes, at random; `CspineError` without ultralytics"
     u = _ultralytics()
@@ -54,7 +55,7 @@ def build_detection(
             if self.training: return super().forward(x, *args, **kwargs)
             with torch.autocast(x.device.type, enabled=False): return super().forward(x.float(), *args, **kwargs)   # bfloat16 has a px of 2 at 512
     cfg = u.YAML.load(u.ROOT/'cfg'/'models'/'v5'/'yolov5.yaml')
-    net = Detector({**cfg, 'scale':preset.model[-1]}, ch=3, nc=len(LEVELS), verbose=False)
+    net = Detector({**cfg, 'scale':preset.model[-1]}, ch=channels, nc=len(LEVELS), verbose=False)
     net.args = u.DEFAULT_CFG   # the weights of the parts of its loss
     return net
 

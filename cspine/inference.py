@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass,field
 import numpy as np, pandas as pd, torch
 from .bundle import load_bundle
-from .classification import predict_probabilities
-from .cropping import boxes_from_labels,crop_masks,crop_planes,crop_vertebrae
+from .classification import predict_probabilities,strongest
+from .cropping import boxes_from_labels,crop_masks,crop_planes,crop_points,crop_vertebrae
 from .detection import mask_note,predict_boxes
 from .dicom import read_series
 from .presets import CspineError,LEVELS,TARGETS
@@ -35,6 +35,8 @@ class Prediction:
     prior:pd.Series           # the bundle's answer without evidence, indexed by TARGETS
     notes:list = field(default_factory=list)    # of the reader, then of the pipeline
     seconds:dict = field(default_factory=dict)  # wall time by step
+    heat:np.ndarray = None                      # (7, groups, h, w) in [0, 1]: where in the crops the model saw something; nan where absent
+    looked:np.ndarray = None                    # (7, 3) voxel (z, y, x) of the volume where it saw most; nan where absent
     boxes_from:tuple = ('',)*7                  # per vertebra: 'yolo', 'mask' (the label map, which serves where YOLO finds none) or '' (absent)
 
     def __repr__(self):
@@ -73,6 +75,7 @@ class Pipeline:
         cls = b.preset.classification
         boxes,present,source = np.full((7,6), -1), np.zeros(7, bool), ['']*7
         crops = np.zeros((7, cls.slices, cls.size, cls.size), np.uint8)
+        heat,looked = np.full((7,1,1,1), np.nan),np.full((7,3), np.nan)
         p,notes = b.prior.to_numpy(float), list(volume.notes)
         if cervical:
             if b.detection:
@@ -85,13 +88,14 @@ class Pipeline:
                 crops,present = crop_vertebrae(volume, boxes, cls, labels)
                 planes = crop_planes(crops, crop_masks(labels, volume.spacing, boxes, cls) if cls.mask_channel else None, cls)
             with _timed(sec, 'probabilities'):
-                p = predict_probabilities(b.classification, cls, planes, present, device=self.device, prior=b.prior)
+                p,heat = predict_probabilities(b.classification, cls, planes, present, device=self.device, prior=b.prior, evidence=True)
+                looked = crop_points(strongest(heat), boxes, volume.spacing, cls, labels)
                 p = np.where([*present,True], p*b.odds/(1-p+p*b.odds), p)   # at the competition's prevalence
                 p,said = _checked(p, present, b.prior)
             notes += said
         else: notes.append(f'no cervical spine: {reason}; the prior stands in for every answer')
         p = pd.Series(np.clip(p, EPS, 1-EPS), index=list(TARGETS), name=volume.uid)
-        return Prediction(volume.uid, p, labels, boxes, crops, present, bool(cervical), reason, b.prior, notes, sec, tuple(source))
+        return Prediction(volume.uid, p, labels, boxes, crops, present, bool(cervical), reason, b.prior, notes, sec, heat, looked, tuple(source))
 
 # %% ../nbs/22_inference.ipynb #b5d2aa4f
 def _checked(p, present, prior):

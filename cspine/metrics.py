@@ -124,6 +124,16 @@ def evaluate_run(
     guess,truth = read_oof(run),read_train(Path(data)/'train.csv')
     if lost := sorted(set(guess.index)-set(truth.index)): raise CspineError(f'{run} knows {len(lost)} studies that {data}/train.csv does not, the first is {lost[0]}: it was trained on other data')
     truth = truth.loc[guess.index]
+    at = Path(run)/'evidence.csv'
     table = fracture_metrics(truth, guess, threshold, samples)
     if (path := Path(data)/'fractures.csv').exists(): table = pd.concat([table, metrics_by_kind(truth, guess, read_kinds(path), threshold, samples)], ignore_index=True)
+    if at.exists() and len(hits := read_table(at, {UID:validate_uid, 'hit':int, 'share':float})): table = pd.concat([table, _evidence(hits, samples)], ignore_index=True)
     return table
+
+def _evidence(hits, samples, seed=0):
+    "The share of boxed fractures whose box holds the model's strongest point, and what a point of the bone by chance would have"
+    sums = hits.groupby(UID).hit.agg(['sum','count']).to_numpy()
+    rng = np.random.default_rng(seed)
+    again = [np.divide(*sums[rng.integers(0, len(sums), len(sums))].sum(0)) for _ in range(samples)]
+    return pd.DataFrame([('C1-C7', 'evidence', hits.hit.mean(), *np.percentile(again, (2.5, 97.5)), hits.share.mean(), len(hits), len(hits))],
+                        columns=['row','figure','value','low','high','constant','fractured','of'])

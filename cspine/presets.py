@@ -114,13 +114,19 @@ class ClassificationPreset:
     every:int               # slices from one group to the next; below `group`, groups overlap
     along:str               # what the LSTM runs along: the 'vertebrae', the 'slices' of each vertebra alone, or those of all, the 'neck'
     mask_channel:bool       # each group of slices has the vertebra's mask as one more channel
+    head:str                # what is read of a group: 'pooled' maps, or 'cells', a logit for each cell of 16 x 16 px, of which the likeliest count
     slice_loss:float        # weight of the loss per group of slices, taught by train_bounding_boxes.csv; 0: none
+    cell_loss:float         # the same of the cells; 0: none
     classes:int             # channels of the map: C1-C7
     hidden:int              # units of the LSTM, per direction
-    layers:int              # layers of the LSTM
+    layers:int              # layers of the LSTM; 0: none, each vertebra, or slice, for itself
     patient:str             # patient_overall from the seven: 'noisy_or', 'max', or 'head', the noisy or with a correction that is learned
     mask_loss:float         # weight of the map's loss; 0: none
     dropout:float
+    frozen:int              # stages of an encoder with ImageNet weights that stay as they are, with the stem; 0: all learn
+    loss:str                # 'competition' (the metric), 'bce' or 'hinge'
+    balance:float           # share of studies with a fracture in an epoch, drawn with replacement; 0: all studies, each once
+    mixup:float             # each study is mixed with another, by a share of Beta(mixup, mixup); 0: none
     augment:str             # 'paper' or 'light'
     epochs:int
     batch:int               # studies per step
@@ -167,14 +173,15 @@ class Preset:
         return cls(**d)
 
 # %% ../nbs/00_presets.ipynb #7141ae42
-_CHOICES = dict(model=('unet2d','unet3d','cascade3d','resnet3d','visible2d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice','bce'),
-                augment=('paper','neck3d','light','none'), patient=('noisy_or','max','head'), along=('vertebrae','slices','neck'), boxes=('mask','yolo'))
-_DETECTORS = tuple(f'yolov5{s}' for s in 'nsmlx')
+_CHOICES = {SegmentationPreset: dict(model=('unet2d','unet3d','cascade3d','resnet3d','visible2d'), input=('windows','2.5d'), loss=('bce_jaccard','ce_dice','bce'), augment=('paper','neck3d','none')),
+            DetectionPreset: dict(model=tuple(f'yolov5{s}' for s in 'nsmlx')),
+            ClassificationPreset: dict(along=('vertebrae','slices','neck'), head=('pooled','cells'), patient=('noisy_or','max','head'), loss=('competition','bce','hinge'), augment=('paper','light','none')),
+            Preset: dict(boxes=('mask','yolo'))}
 # What a number may be. A preset may come with a bundle from elsewhere: nothing in it may take the machine down.
 _LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64), size=(16,2048), spacing=(.5,20), low_spacing=(.5,20), patch=(8,512), low_patch=(8,512), widths=(1,2048),
                low_widths=(1,2048), decoder_channels=(1,2048), low_epochs=(0,10000), low_steps=(0,10**6), epochs=(1,10000), steps=(1,10**6), batch=(1,4096),
                lr=(1e-9,10), weight_decay=(0,10), ema=(0,.99999), slices=(1,512), margin_mm=(0,100), window=(-10000,10000), group=(1,512), every=(1,512),
-               slice_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(1,16), dropout=(0,.99),
+               slice_loss=(0,1000), cell_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(0,16), dropout=(0,.99), frozen=(0,99), balance=(0,1), mixup=(0,100),
                slice_mm=(0,20), confidence=(.001,.999), predicted=(0,10**6))
 _ENCODER = re.compile(r'[A-Za-z0-9_.-]+')   # timm takes "hf-hub:..." and "local-dir:..." for a place to load from
 
@@ -198,7 +205,7 @@ def _checked(cls, d, where):
         if known[k] in (SegmentationPreset, ClassificationPreset, DetectionPreset): out[k] = v; continue
         if not _fits(v, kind):
             raise CspineError(f'{where} field {k} of the preset should be {" or ".join(t.__name__ for t in kind)}, got {v!r}')
-        choices = _DETECTORS if (cls,k) == (DetectionPreset,'model') else _CHOICES.get(k)
+        choices = _CHOICES[cls].get(k)
         if choices and v not in choices:
             raise CspineError(f'{where} field {k} of the preset should be one of {", ".join(choices)}, got {v!r}')
         if k in _LIMITS and v is not None:
@@ -229,8 +236,8 @@ PRESETS = dict(
             low_spacing=None, low_patch=None, low_widths=None, low_epochs=0, low_steps=0, loss='bce_jaccard', augment='paper',
             epochs=20, steps=None, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.),
         ClassificationPreset(encoder='resnet101', pretrained=True, decoder_channels=(256,128,64,32,16), slices=30,
-            size=256, margin_mm=0., window=(1800,400), tilt=False, isolate=False, group=30, every=30, along='vertebrae', mask_channel=False, slice_loss=0.,
-            classes=7, hidden=256, layers=2, patient='noisy_or', mask_loss=1., dropout=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.),
+            size=256, margin_mm=0., window=(1800,400), tilt=False, isolate=False, group=30, every=30, along='vertebrae', mask_channel=False, head='pooled', slice_loss=0., cell_loss=0.,
+            classes=7, hidden=256, layers=2, patient='noisy_or', mask_loss=1., dropout=0., frozen=0, loss='competition', balance=0., mixup=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.),
         DetectionPreset(model='yolov5s', size=512, slice_mm=0., confidence=.25, predicted=0,
             epochs=20, batch=16, lr=1e-3, weight_decay=1e-2, ema=0.999), boxes='yolo'),
     tiny=Preset('tiny',
@@ -239,8 +246,8 @@ PRESETS = dict(
             low_spacing=4., low_patch=48, low_widths=(16,32,64,112), low_epochs=6, low_steps=700, loss='ce_dice',
             augment='neck3d', epochs=5, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
-            size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, every=3, along='vertebrae', mask_channel=False, slice_loss=1.,
-            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, augment='light', epochs=6, batch=2, lr=5e-4, weight_decay=1e-2, ema=0.99),
+            size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, every=2, along='vertebrae', mask_channel=False, head='cells', slice_loss=1., cell_loss=.25,
+            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, frozen=3, loss='competition', balance=0., mixup=0., augment='light', epochs=4, batch=1, lr=1e-3, weight_decay=1e-2, ema=0.998),
         DetectionPreset(model='yolov5n', size=128, slice_mm=2., confidence=.25, predicted=0,
             epochs=10, batch=16, lr=2e-3, weight_decay=1e-2, ema=0.99), boxes='mask'),
 )

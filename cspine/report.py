@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from .bundle import DISCLAIMER
+from .classification import strongest
 from .dicom import Volume,read_series,study_files
 from .presets import LEVELS,TARGETS,CspineError
 from .rsna import write_whole
@@ -85,9 +86,15 @@ def _sagittal(ax, volume, labels, column):
     ax.set_xlim(max(centre-half, 0)-.5, min(centre+half, ny)-.5)
     _blank(ax)
 
-def _crop(ax, crop, name, p, present, fractured):
-    "Middle slice of one vertebra under its name and probability"
-    if present: ax.imshow(crop[len(crop)//2], cmap='gray', vmin=0, vmax=255)
+def _crop(ax, crop, name, p, present, fractured, at):
+    "One vertebra under its name and probability: the slice where the model saw most, and a ring about the place; the middle slice where it saw nothing"
+    if present:
+        known = np.isfinite(at).all()
+        ax.imshow(crop[int(at[0]*len(crop)) if known else len(crop)//2], cmap='gray', vmin=0, vmax=255)
+        if known:
+            y,x = at[1:]*crop.shape[1:]
+            ax.scatter(x-.5, y-.5, s=150, facecolor='none', edgecolor='#ff7b00', linewidth=1.6)
+            ax.set(xlim=(-.5, crop.shape[2]-.5), ylim=(crop.shape[1]-.5, -.5))
     else:
         ax.set_facecolor('#ececec'); ax.set_box_aspect(1)
         ax.text(.5, .5, 'absent', ha='center', va='center', color='#666', transform=ax.transAxes, fontsize=9)
@@ -127,8 +134,8 @@ def show_study(
     _sagittal(ax, volume, p.labels, column)
     ax.set_title(f'sagittal, column {column}' if p.cervical_spine else f'no cervical spine: {p.reason}', fontsize=10, wrap=True)
     top,bottom = right.subfigures(2, 1, height_ratios=[1, 2.1])
-    for ax,name,crop,present in zip(top.subplots(1, 7), LEVELS, p.crops, p.present):
-        _crop(ax, crop, name, p.probabilities[name], present, truth is not None and truth[name])
+    for ax,name,crop,present,at in zip(top.subplots(1, 7), LEVELS, p.crops, p.present, np.full((7,3), np.nan) if p.heat is None else strongest(p.heat)):
+        _crop(ax, crop, name, p.probabilities[name], present, truth is not None and truth[name], at)
     _bars(bottom.subplots(), p.probabilities[list(TARGETS)].to_numpy(), p.prior[list(TARGETS)].to_numpy(), truth, [*p.present, p.cervical_spine])
     return fig
 
@@ -205,8 +212,8 @@ each row is fractured here and looks at no picture: a model that does not beat i
 {% if any_truth or any_without %}<p class="small">{% if any_truth %}A red frame: fractured, by the truth. {% endif %}{% if any_without %}* no cervical spine in the scan: the prior stands in.{% endif %}</p>{% endif %}
 
 {% if pictured %}<h2>Studies</h2>
-<p class="small">{{ lead }} Each picture: the label map over the middle of the spine, a crop per vertebra, and the answers; dashed
-is the prior, the answer for a study that nobody looked at.</p>{% endif %}
+<p class="small">{{ lead }} Each picture: the label map over the middle of the spine, a crop per vertebra, and the answers. A crop is shown at the slice where the
+network saw most of a fracture, the ring is the place: where to look first, not proof. Dashed is the prior, the answer for a study that nobody looked at.</p>{% endif %}
 {% for e in entries if e.png or e.notes %}<section class="card" id="study{{ numbers[e.uid] }}"><h3>{{ e.uid }}</h3>
 {% if e.png %}<img alt="mid-sagittal slice with the label map, seven vertebra crops, and the eight probabilities" src="data:image/png;base64,{{ e.png|b64 }}">{% endif %}
 {% if e.notes %}<ul class="small">{% for n in e.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}

@@ -37,11 +37,14 @@ SEGMENTATION = dict(
         dict(_GRID, model='unet3d', encoder=None, spacing=2., patch=96, widths=(16,32,64,112,160), steps=500, lr=2e-3), dict(patch=80, steps=180)),
 )
 
-_CRACK = dict(pretrained=True, decoder_channels=(), group=30, every=30, along='vertebrae', mask_channel=False, slice_loss=0., mask_loss=0., dropout=0., layers=2)
+_CRACK = dict(pretrained=True, decoder_channels=(), group=30, every=30, along='vertebrae', mask_channel=False, head='pooled', slice_loss=0., cell_loss=0., mask_loss=0., dropout=0., layers=2,
+              frozen=0, loss='competition', balance=0., mixup=0.)
 _SEQUENCE = dict(_CRACK, group=1, every=2, along='slices', layers=1, patient='noisy_or')   # a 2D network on single slices, an LSTM along them
 _WINNER = dict(_SEQUENCE, encoder='tu-tf_efficientnetv2_s', group=5, mask_channel=True, dropout=.3, layers=2, patient='head')
 _LITE = dict(encoder='tu-tf_efficientnet_lite0', hidden=128)   # the one with ImageNet weights that a package brings
 
+_BOXES = dict(_SEQUENCE, head='cells', slice_loss=1., cell_loss=.25)
+_BEST = dict(_BOXES, group=3, along='vertebrae', layers=2, patient='head', dropout=.2, frozen=3)
 _PAPER = dict(_CRACK, encoder='resnet101', decoder_channels=(256,128,64,32,16), hidden=256, patient='noisy_or', mask_loss=1.),dict(_LITE, decoder_channels=(64,48,32,24,16))
 
 CLASSIFICATION = dict(
@@ -56,6 +59,10 @@ CLASSIFICATION = dict(
     resnet50_3d_bilstm=Rival('the paper, related work; MONAI', 'the vertebra as a volume', dict(_CRACK, encoder='3d-resnet50', pretrained=False, hidden=256, patient='head'), dict(encoder='3d-resnet10')),
     vit=Rival('the paper, related work', 'single slices', dict(_SEQUENCE, encoder='vit_base_patch16_224', hidden=256), dict(encoder='vit_tiny_patch16_224')),
     slice_lstm=Rival("the competition's first place", '15 times 5 neighbouring slices and the mask', dict(_WINNER, hidden=256), _LITE),
+    yolov5=Rival("the paper, Table II: YOLOv5 on the fractures' boxes", 'single slices; their cells of 16 px', dict(_BOXES, encoder='yolov5s', pretrained=False, layers=0, patient='max', hidden=256), dict(encoder='yolov5n', hidden=128)),
+    resnet50_no_crop=Rival('the paper, Table II, without cropping', 'single slices of all of the neck about the vertebra', dict(_SEQUENCE, encoder='resnet50', hidden=256, margin_mm=60., isolate=False), dict(encoder='resnet18', hidden=128)),
+    cnn_svm=Rival('the paper, Table III, CNN-SVM', 'single slices', dict(_SEQUENCE, encoder='resnet50', hidden=256, frozen=9, layers=0, loss='hinge', patient='max'), _LITE),
+    best=Rival('ours', '15 times 3 neighbouring slices, their cells of 16 px', dict(_BEST, encoder='tu-tf_efficientnetv2_s', hidden=256), _LITE),
     slice_lstm_patient=Rival("the competition's first place, its patient model", 'the same of all vertebrae', dict(_WINNER, hidden=256, along='neck'), _LITE),
 )
 

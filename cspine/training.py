@@ -23,7 +23,7 @@ from .encoders import load_encoder_weights
 from .rivals import with_model
 from .cropping import boxes_from_labels,crop_planes
 from .crops import CROP_FIELDS,Crops,_room,_source,crop_data_set,crop_key
-from .classification import ClassificationFigures,CompetitionLoss,CrackNetBiLSTM,CropDataset,fit_scale,predict_probabilities,with_prior
+from .classification import ClassificationFigures,CrackNetBiLSTM,CropDataset,FractureLoss,evidence_hits,fit_calibration,predict_probabilities,with_prior
 from .segmentation import (CubeDataset,FineDataset,SegmentationFigures,SliceDataset,VisibleFigures,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,find_device,predict_labels,segmentation_loss)
 
@@ -101,7 +101,10 @@ class _Loader:
     def to(self, device): return self   # fastai asks; the Learner moves each batch
     def __len__(self): return max(1, len(self.ds)//self.batch) if self.train else len(range(self.rank*self.batch, len(self.ds), self.of*self.batch))
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.ds)) if self.train else np.arange(len(self.ds))
+        rng,weights = np.random.default_rng((self.seed, self.epoch)),getattr(self.ds, 'weights', None)   # a data set may say how often each item is drawn
+        if not self.train: order = np.arange(len(self.ds))
+        elif weights is None: order = rng.permutation(len(self.ds))
+        else: order = rng.choice(len(self.ds), len(self.ds), p=weights)
         self.ds.epoch = self.epoch
         batches = [order[i:i+self.batch].tolist() for i in range(0, len(order), self.batch)]
         if self.train:
@@ -552,11 +555,13 @@ def train_classification(
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with crops to train on and {len(valid)} to validate; more studies or fewer folds are needed')
         torch.manual_seed(preset.seed+k)
         model = CrackNetBiLSTM(cls)
-        if cls.pretrained and not (resume and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt'))):
-            load_encoder_weights(model.encoder, cls.encoder, weights, print)
+        if cls.pretrained:
+            going_on = resume and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt'))
+            said = load_encoder_weights(model.encoder, cls.encoder, weights, None if going_on else print)
+            if 'random weights' not in said: model.freeze()   # what starts at random has to learn
         sets = [CropDataset(store, us, table.loc[us, list(TARGETS)].to_numpy(), cls, t, preset.seed+k)
                 for us,t in ((train,True),(valid,False))]
-        log = fit(model, CompetitionLoss(cls.mask_loss, cls.slice_loss), *sets, out/f'fold{k}', cls.epochs, cls.batch, cls.lr, cls.weight_decay, cls.ema,
+        log = fit(model, FractureLoss(cls.loss, cls.mask_loss, cls.slice_loss, cls.cell_loss), *sets, out/f'fold{k}', cls.epochs, cls.batch, cls.lr, cls.weight_decay, cls.ema,
                   preset.seed+k, ClassificationFigures(), inputs=2, resume=resume, device=device, precision=precision)
         _finish_fold(out, k, log, dict(train=len(train), valid=len(valid),
             positives={t:int(n) for t,n in table.loc[train, list(TARGETS)].sum().items()}))   # for the bundle's odds
@@ -574,27 +579,30 @@ def _ready(store, preset):
     return store.preset,known if len(known) else None
 
 def _write_oof(out, k, model, cls, fold_of, store, table):
-    "Calibrate the fold's model; replace the fold's rows of oof.csv: StudyInstanceUID, fold, eight probabilities"
+    "Calibrate the fold's model; replace the fold's rows of oof.csv: StudyInstanceUID, fold, eight probabilities; and of evidence.csv"
     if _rank(): return
-    raw,seen,device = {},{},next(model.parameters()).device
-    model.scale.fill_(1)
+    raw,seen,met,device = {},{},[],next(model.parameters()).device
+    model.scale.fill_(1); model.shift.zero_()
     for u in progress(fold_of.index[fold_of == k], f'fold {k} out-of-fold answers'):
         crops,present = np.zeros((7, cls.planes, cls.size, cls.size), np.uint8),np.zeros(7, bool)
         if u in store:
             s = store.read(u)
             crops,present = crop_planes(s['crops'], s['masks'], cls),s['present']
-        raw[u],seen[u] = predict_probabilities([model], cls, crops, present, device),present
+        raw[u],heat = predict_probabilities([model], cls, crops, present, device, evidence=True)
+        seen[u] = present
+        if u in store: met += [(u, k, LEVELS[level], int(hit), round(share, 4)) for level,hit,share in evidence_hits(heat, s)]
     p,there = np.array(list(raw.values())),np.array(list(seen.values()))
-    scale = fit_scale(table.loc[list(raw), list(TARGETS)].to_numpy(), p, there)
-    model.scale.copy_(torch.from_numpy(scale))
+    scale,shift = fit_calibration(table.loc[list(raw), list(TARGETS)].to_numpy(), p, there)
+    model.scale.copy_(torch.from_numpy(scale)); model.shift.copy_(torch.from_numpy(shift))
     _save_weights(model, out/f'fold{k}')
-    p = with_prior(1/(1+(1/p-1)**scale), there)
+    p = with_prior(1/(1+(1/p-1)**scale*np.exp(-shift)), there)
     rows = {u:dict(fold=k, **dict(zip(TARGETS, row))) for u,row in zip(raw, p)}
-    new,path = pd.DataFrame(rows).T.rename_axis('StudyInstanceUID'),out/'oof.csv'
-    if path.exists():
-        old = pd.read_csv(path, dtype={'StudyInstanceUID':str}).set_index('StudyInstanceUID')
-        new = pd.concat([old[old.fold.isin(read_run(out)['folds']) & (old.fold != k)], new])   # what an older run left goes
-    write_whole(path, new.astype({'fold':int}).to_csv(lineterminator='\n'))
+    for name,new in (('oof', pd.DataFrame(rows).T.rename_axis('StudyInstanceUID').reset_index()), ('evidence', pd.DataFrame(met, columns=['StudyInstanceUID','fold','level','hit','share']))):
+        if (path := out/f'{name}.csv').exists():
+            old = pd.read_csv(path, dtype={'StudyInstanceUID':str})
+            old = old[old.fold.isin(read_run(out)['folds']) & (old.fold != k)]   # what an older run left goes
+            new = pd.concat([old, new]) if len(old) else new
+        write_whole(path, new.astype({'fold':int}).to_csv(index=False, lineterminator='\n'))
 
 # %% ../nbs/20_training.ipynb #d7a5add1
 from .detection import DetectionDataset,DetectionFigures,DetectionLoss,box_iou,build_detection,detection_slices,predict_boxes

@@ -1,0 +1,138 @@
+"""Models of stage 2, each trained for the same time on the same crops and scored on the same others.
+
+    python scripts/table_2.py TRAIN CROPS HELD HELD_CROPS OUT [--minutes 25] [--studies 400] [--only NAME ...] [--weights none]
+
+TRAIN and HELD are folders as `cspine phantom` makes them, CROPS and HELD_CROPS what `cspine crop` made of their train_images/ with one
+preset; several of TRAIN and CROPS may be given, joined by commas. A model learns from the first --studies of TRAIN in as many steps of one
+study as fit into the minutes, the cosine ending with the last. Its calibration is fitted on one half of HELD and used on the other. OUT gets
+NAME.csv, the answers, NAME.evidence.csv, and table_2.csv. A model whose answers are there is not trained again.
+"""
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, evidence_hits, fit_calibration, predict_probabilities, with_prior
+from cspine.cropping import crop_planes
+from cspine.crops import Crops
+from cspine.encoders import load_encoder_weights
+from cspine.metrics import _evidence, fracture_metrics, metrics_by_kind, read_kinds, shown
+from cspine.presets import LEVELS, TARGETS, progress
+from cspine.rivals import with_model
+from cspine.rsna import best_constant, read_train
+from cspine.training import fit
+
+
+class Joined:
+    "Several crop data sets as one"
+    def __init__(self, stores): self.of = {u: s for s in stores for u in s.uids}
+    def read(self, uid): return self.of[uid].read(uid)
+
+
+class Passes(torch.utils.data.Dataset):
+    "A data set gone through again and again, until there are n items"
+    weights = None
+
+    def __init__(self, ds, n): self.ds, self.n, self.epoch = ds, n, 0
+    def __len__(self): return self.n
+
+    def __getitem__(self, i):
+        self.ds.epoch = i // len(self.ds)
+        return self.ds[i % len(self.ds)]
+
+
+def step_seconds(cls, net, loss, ds, n=4):
+    "What a training step on one study takes"
+    took = []
+    for i in range(n + 1):
+        start = time.monotonic()
+        *x, = (t[None] for t in ds[i])
+        loss(net.train()(*x[:2]), *x[2:]).backward()
+        net.zero_grad()
+        took.append(time.monotonic() - start)
+    return float(np.median(took[1:]))
+
+
+def trained(cls, args, store, uids, truth, folder):
+    "A model of that preset, after so many minutes; and its steps"
+    torch.manual_seed(0)
+    net, loss = CrackNetBiLSTM(cls), FractureLoss(cls.loss, cls.mask_loss, cls.slice_loss, cls.cell_loss)
+    if cls.pretrained and 'random weights' not in load_encoder_weights(net.encoder, cls.encoder, args.weights, print): net.freeze()
+    ds = CropDataset(store, uids, truth.loc[uids, list(TARGETS)].to_numpy(), cls)
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    steps = max(20, int(60 * args.minutes / step_seconds(cls, net, loss, ds)))
+    net.load_state_dict(start)
+    few = CropDataset(store, uids[:2], truth.loc[uids[:2], list(TARGETS)].to_numpy(), cls, train=False)
+    print(f'{steps} steps, {steps / len(uids):.1f} times through {len(uids)} studies', flush=True)
+    fit(net, loss, Passes(ds, steps), few, folder, 1, 1, args.lr, cls.weight_decay, .998, inputs=2, resume=True)
+    return net, steps
+
+
+def answers(net, cls, store, uids, prior):
+    "Uncalibrated answers and evidence for studies that nobody has learned from"
+    p, there, met = [], [], []
+    for u in progress(uids, 'answering'):
+        s = store.read(u)
+        q, heat = predict_probabilities([net], cls, crop_planes(s['crops'], s['masks'], cls), s['present'], prior=prior, evidence=True)
+        p.append(q)
+        there.append(s['present'])
+        met += [(u, LEVELS[level], int(hit), share) for level, hit, share in evidence_hits(heat, s)]
+    return np.array(p), np.array(there), pd.DataFrame(met, columns=['StudyInstanceUID', 'level', 'hit', 'share'])
+
+
+def calibrated(p, there, truth, prior):
+    "Each half with the calibration of the other"
+    out = p.copy()
+    for part in (0, 1):
+        scale, shift = fit_calibration(truth[1 - part::2], p[1 - part::2], there[1 - part::2])
+        out[part::2] = with_prior(1 / (1 + (1 / p[part::2] - 1)**scale * np.exp(-shift)), there[part::2], prior)
+    return out
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ('train', 'crops', 'held', 'held_crops', 'out'): args.add_argument(name)
+    args.add_argument('--minutes', type=float, default=25)
+    args.add_argument('--studies', type=int)
+    args.add_argument('--only', nargs='*', default=['cracknet_bilstm', 'slice_lstm', 'best'])
+    args.add_argument('--preset', default='tiny')
+    args.add_argument('--weights', help="encoder weights, as of `cspine train`: none, a file; what is installed, if not given")
+    args.add_argument('--lr', type=float, default=1e-3)
+    args.add_argument('--set', nargs='*', default=[], help='FIELD=NUMBER: another value than the model has')
+    args.add_argument('--as', dest='label', help='what to call it in OUT')
+    args = args.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    truth = pd.concat([read_train(Path(d) / 'train.csv') for d in args.train.split(',')])
+    store = Joined([Crops(c) for c in args.crops.split(',')])
+    uids = [u for u in truth.index if u in store.of][:args.studies]
+    held, held_truth = Crops(args.held_crops), read_train(Path(args.held) / 'train.csv')
+    asked = [u for u in held_truth.index if u in held]
+    held_truth = held_truth.loc[asked]
+    prior = best_constant(truth.loc[uids])[list(TARGETS)].to_numpy()
+    kinds = read_kinds(Path(args.held) / 'fractures.csv')
+    for name in args.only:
+        cls = with_model(args.preset, name, stage='classification').classification
+        cls = replace(cls, **{k: type(getattr(cls, k))(float(v)) if not isinstance(getattr(cls, k), str) else v for k, v in (s.split('=') for s in args.set)})
+        label = args.label or name + (f'-{len(uids)}' if args.studies else '') + (f'-{args.weights}' if args.weights else '')
+        if not (out / f'{label}.csv').exists():
+            start = time.monotonic()
+            net, steps = trained(cls, args, store, uids, truth, out / label)
+            took = (time.monotonic() - start) / 60
+            p, there, met = answers(net, cls, held, asked, prior)
+            met.to_csv(out / f'{label}.evidence.csv', index=False)
+            p = pd.DataFrame(calibrated(p, there, held_truth.to_numpy(), prior), index=held_truth.index, columns=list(TARGETS))
+            p.assign(minutes=took, steps=steps, studies=len(uids)).to_csv(out / f'{label}.csv')
+        p = pd.read_csv(out / f'{label}.csv', index_col=0, dtype={'StudyInstanceUID': str})
+        table = pd.concat([fracture_metrics(held_truth, p[list(TARGETS)]), metrics_by_kind(held_truth, p[list(TARGETS)], kinds),
+                           _evidence(pd.read_csv(out / f'{label}.evidence.csv', dtype={'StudyInstanceUID': str}), 1000)])
+        table.to_csv(out / f'{label}.table.csv', index=False)
+        print(f"{label}: {p.minutes.iloc[0]:.1f} min, {p.steps.iloc[0]} steps\n{shown(table).to_markdown()}", flush=True)
+
+
+if __name__ == '__main__':
+    main()
