@@ -75,7 +75,7 @@ def _read_run(folder):
     if not files: raise CspineError(f'{folder} has no trained fold (fold0/model.safetensors); finish it with --resume')
     return run, Preset.from_dict(run.get('preset')), dict(sorted(files.items()))
 
-_TRAINING = 'predicted','pretrained','loss','augment','epochs','steps','batch','lr','weight_decay','ema','dropout','mask_loss','slice_loss'
+_TRAINING = 'predicted','pretrained','loss','augment','epochs','steps','batch','lr','weight_decay','ema','dropout','mask_loss','slice_loss','cell_loss','frozen','balance','mixup'
 
 def _recipe(kind, preset):
     "What a run of that kind learned with, part by part, without the fields that matter to training only"
@@ -116,7 +116,7 @@ def _write_bundle(out, preset, weights, prior, odds, card):
     "Write it beside `out` and rename: there is a whole bundle or none. `weights`: stage -> fold -> state dict"
     from safetensors.torch import save
     from cspine.detection import AGPL
-    if weights.get('detection'): card = card | dict(licence=AGPL)
+    if weights.get('detection') or preset.classification.encoder.startswith('yolov5'): card = card | dict(licence=AGPL)
     out = Path(out)
     if out.exists() and (out.is_file() or any(out.iterdir())) and not _is_bundle(out):
         raise CspineError(f'{out} exists and is not a bundle; name another --out, or remove it')

@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'TARGETS', 'CLASSES', 'PRESETS', 'CspineError', 'progress',
 
 # %% ../nbs/00_presets.ipynb #babf8b0d
 import re,sys,time
-from dataclasses import dataclass,asdict,fields
+from dataclasses import dataclass,asdict,fields,replace
 
 # %% ../nbs/00_presets.ipynb #3fccd32a
 LEVELS = ('C1','C2','C3','C4','C5','C6','C7')
@@ -247,10 +247,13 @@ PRESETS = dict(
             augment='neck3d', epochs=5, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
             size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, every=2, along='vertebrae', mask_channel=False, head='cells', slice_loss=1., cell_loss=.25,
-            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, frozen=3, loss='competition', balance=0., mixup=0., augment='light', epochs=4, batch=1, lr=1e-3, weight_decay=1e-2, ema=0.998),
+            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, frozen=3, loss='competition', balance=0., mixup=0., augment='light', epochs=3, batch=1, lr=1e-3, weight_decay=1e-2, ema=0.998),
         DetectionPreset(model='yolov5n', size=128, slice_mm=2., confidence=.25, predicted=0,
             epochs=10, batch=16, lr=2e-3, weight_decay=1e-2, ema=0.99), boxes='mask'),
 )
+PRESETS['best'] = replace(PRESETS['tiny'], name='best', segmentation=replace(PRESETS['tiny'].segmentation, epochs=20),
+    classification=replace(PRESETS['tiny'].classification, encoder='tu-tf_efficientnetv2_s', size=256, hidden=256, epochs=15, batch=2, lr=5e-4),
+    detection=replace(PRESETS['paper'].detection))
 
 def get_preset(
     name:str,   # a key of `PRESETS`, or a Preset, which comes back as it is

@@ -1,11 +1,13 @@
 """Models of stage 2, each trained for the same time on the same crops and scored on the same others.
 
-    python scripts/table_2.py TRAIN CROPS HELD HELD_CROPS OUT [--minutes 25] [--studies 400] [--only NAME ...] [--weights none]
+    python scripts/table_2.py TRAIN CROPS HELD HELD_CROPS OUT [--minutes 25 | --steps 320] [--studies 400] [--only NAME ...] [--weights none]
+    python scripts/table_2.py TRAIN CROPS HELD HELD_CROPS OUT --run RUN ...
 
 TRAIN and HELD are folders as `cspine phantom` makes them, CROPS and HELD_CROPS what `cspine crop` made of their train_images/ with one
 preset; several of TRAIN and CROPS may be given, joined by commas. A model learns from the first --studies of TRAIN in as many steps of one
-study as fit into the minutes, the cosine ending with the last. Its calibration is fitted on one half of HELD and used on the other. OUT gets
-NAME.csv, the answers, NAME.evidence.csv, and table_2.csv. A model whose answers are there is not trained again.
+study as fit into the minutes, or as are asked for, the cosine ending with the last. Its calibration is fitted on one half of HELD and used on the
+other. A RUN of `cspine train classification` answers with its first fold, calibrated as it is. OUT gets of each model NAME.csv, the answers, NAME.evidence.csv,
+NAME.table.csv, and of all of them differences.csv: how much better the last one named is, with intervals. A model whose answers are there is not trained again.
 """
 import argparse
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 
 from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, evidence_hits, fit_calibration, predict_probabilities, with_prior
 from cspine.cropping import crop_planes
@@ -23,8 +27,8 @@ from cspine.encoders import load_encoder_weights
 from cspine.metrics import _evidence, fracture_metrics, metrics_by_kind, read_kinds, shown
 from cspine.presets import LEVELS, TARGETS, progress
 from cspine.rivals import with_model
-from cspine.rsna import best_constant, read_train
-from cspine.training import fit
+from cspine.rsna import _losses, best_constant, read_train
+from cspine.training import fit, read_run
 
 
 class Joined:
@@ -64,7 +68,7 @@ def trained(cls, args, store, uids, truth, folder):
     if cls.pretrained and 'random weights' not in load_encoder_weights(net.encoder, cls.encoder, args.weights, print): net.freeze()
     ds = CropDataset(store, uids, truth.loc[uids, list(TARGETS)].to_numpy(), cls)
     start = {k: v.clone() for k, v in net.state_dict().items()}
-    steps = max(20, int(60 * args.minutes / step_seconds(cls, net, loss, ds)))
+    steps = args.steps or max(20, int(60 * args.minutes / step_seconds(cls, net, loss, ds)))
     net.load_state_dict(start)
     few = CropDataset(store, uids[:2], truth.loc[uids[:2], list(TARGETS)].to_numpy(), cls, train=False)
     print(f'{steps} steps, {steps / len(uids):.1f} times through {len(uids)} studies', flush=True)
@@ -97,7 +101,9 @@ def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ('train', 'crops', 'held', 'held_crops', 'out'): args.add_argument(name)
     args.add_argument('--minutes', type=float, default=25)
+    args.add_argument('--steps', type=int, help='instead of minutes')
     args.add_argument('--studies', type=int)
+    args.add_argument('--run', nargs='*', default=[], type=Path, help='score these, train nothing')
     args.add_argument('--only', nargs='*', default=['cracknet_bilstm', 'slice_lstm', 'best'])
     args.add_argument('--preset', default='tiny')
     args.add_argument('--weights', help="encoder weights, as of `cspine train`: none, a file; what is installed, if not given")
@@ -115,7 +121,19 @@ def main():
     held_truth = held_truth.loc[asked]
     prior = best_constant(truth.loc[uids])[list(TARGETS)].to_numpy()
     kinds = read_kinds(Path(args.held) / 'fractures.csv')
-    for name in args.only:
+    asked_for = {}
+    for run in args.run:
+        cls = read_run(run)['preset'].classification
+        label, net, log = run.name, CrackNetBiLSTM(cls), pd.read_csv(run / 'fold0' / 'log.csv')
+        if not (out / f'{label}.csv').exists():
+            net.load_state_dict(load_file(run / 'fold0' / 'model.safetensors'))
+            p, _, met = answers(net, cls, held, asked, prior)
+            met.to_csv(out / f'{label}.evidence.csv', index=False)
+            n = read_run(run)['figures']['fold0']['studies']['train']
+            pd.DataFrame(p, index=held_truth.index, columns=list(TARGETS)).assign(
+                minutes=log.seconds.sum() / 60, steps=len(log) * (n // cls.batch), studies=n).to_csv(out / f'{label}.csv')
+        asked_for[label] = show(out, label, held_truth, kinds)
+    for name in [] if args.run else args.only:
         cls = with_model(args.preset, name, stage='classification').classification
         cls = replace(cls, **{k: type(getattr(cls, k))(float(v)) if not isinstance(getattr(cls, k), str) else v for k, v in (s.split('=') for s in args.set)})
         label = args.label or name + (f'-{len(uids)}' if args.studies else '') + (f'-{args.weights}' if args.weights else '')
@@ -127,11 +145,39 @@ def main():
             met.to_csv(out / f'{label}.evidence.csv', index=False)
             p = pd.DataFrame(calibrated(p, there, held_truth.to_numpy(), prior), index=held_truth.index, columns=list(TARGETS))
             p.assign(minutes=took, steps=steps, studies=len(uids)).to_csv(out / f'{label}.csv')
-        p = pd.read_csv(out / f'{label}.csv', index_col=0, dtype={'StudyInstanceUID': str})
-        table = pd.concat([fracture_metrics(held_truth, p[list(TARGETS)]), metrics_by_kind(held_truth, p[list(TARGETS)], kinds),
-                           _evidence(pd.read_csv(out / f'{label}.evidence.csv', dtype={'StudyInstanceUID': str}), 1000)])
-        table.to_csv(out / f'{label}.table.csv', index=False)
-        print(f"{label}: {p.minutes.iloc[0]:.1f} min, {p.steps.iloc[0]} steps\n{shown(table).to_markdown()}", flush=True)
+        asked_for[label] = show(out, label, held_truth, kinds)
+    if len(asked_for) > 1:
+        table = differences(asked_for, held_truth)
+        table.to_csv(out / 'differences.csv', index=False)
+        print(table.to_markdown(index=False, floatfmt='.3f'))
+
+
+def show(out, label, truth, kinds):
+    "The figures of one model; its answers"
+    p = pd.read_csv(out / f'{label}.csv', index_col=0, dtype={'StudyInstanceUID': str})
+    table = pd.concat([fracture_metrics(truth, p[list(TARGETS)]), metrics_by_kind(truth, p[list(TARGETS)], kinds),
+                       _evidence(pd.read_csv(out / f'{label}.evidence.csv', dtype={'StudyInstanceUID': str}), 1000)])
+    table.to_csv(out / f'{label}.table.csv', index=False)
+    print(f"{label}: {p.minutes.iloc[0]:.1f} min, {p.steps.iloc[0]} steps\n{shown(table).to_markdown()}", flush=True)
+    return p.loc[truth.index, list(TARGETS)]
+
+
+def differences(answers, truth, samples=1000):
+    "The last one's metric and AUROC of vertebrae less those of each other, drawn from the same studies"
+    names, y, rng, rows = list(answers), truth[list(TARGETS)].to_numpy(), np.random.default_rng(0), []
+    loss = {}
+    for n, p in answers.items():
+        weight, each = _losses(truth, p)
+        loss[n] = (weight * each).sum(1) / weight.sum(1)
+
+    def area(n, d): return roc_auc_score(y[d, :7].ravel(), answers[n].to_numpy()[d, :7].ravel())
+    def mean(n, d): return loss[n][d].mean()
+    draws = [np.arange(len(y)), *(rng.integers(0, len(y), len(y)) for _ in range(samples))]
+    for other in names[:-1]:
+        for figure, of in (('metric', mean), ('AUROC of vertebrae', area)):
+            d = [of(names[-1], at) - of(other, at) for at in draws]
+            rows.append(dict(better=names[-1], than=other, figure=figure, difference=d[0], low=np.percentile(d[1:], 2.5), high=np.percentile(d[1:], 97.5)))
+    return pd.DataFrame(rows)
 
 
 if __name__ == '__main__':

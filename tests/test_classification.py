@@ -1,5 +1,6 @@
 "Stage 2: the paper's size, learning, and a whole training run with its folds, its cache and its second start."
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +13,12 @@ from sklearn.metrics import roc_auc_score
 import cspine.crops as crops_module
 import cspine.training as training
 from cspine.bundle import bundle, load_bundle
-from cspine.classification import CompetitionLoss, CrackNetBiLSTM, CropDataset, predict_probabilities
+from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, evidence_hits, predict_probabilities
 from cspine.cropping import crop_planes
 from cspine.cli import main
 from cspine.dicom import write_series
 from cspine.evaluation import evaluate
-from cspine.metrics import read_oof
+from cspine.metrics import evaluate_run, read_oof
 from cspine.presets import TARGETS, CspineError, get_preset
 from cspine.rivals import CLASSIFICATION
 from cspine.rsna import PRIOR, folds, metric, read_folds, read_train, write_folds
@@ -26,7 +27,7 @@ from cspine.segmentation import build_segmentation, low_preset
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
                 segmentation=replace(low_preset(TINY.segmentation), widths=(4, 8), patch=16, steps=60, epochs=3),
-                classification=replace(TINY.classification, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, every=15, size=32,
+                classification=replace(TINY.classification, head='pooled', cell_loss=0., frozen=0, ema=.9, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, every=15, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
 
@@ -42,8 +43,8 @@ def test_paper_at_full_size():
     present = torch.ones(1, 7, dtype=torch.bool)
     pred = model(crops, present)
     assert pred[0].shape == (1, 8) and pred[1].shape == (1, 7, 256, 256) and pred[2] is None
-    loss = CompetitionLoss(preset.mask_loss)(pred, torch.tensor([[0, 1, 0, 0, 0, 0, 0, 1.]]), present,
-                                             (crops[:, :, 0] > 127).byte()*255, torch.full((1, 7, 30), 255, dtype=torch.uint8))
+    loss = FractureLoss(mask_loss=preset.mask_loss)(pred, torch.tensor([[0, 1, 0, 0, 0, 0, 0, 1.]]), present,
+                                                    (crops[:, :, 0] > 127).byte()*255, torch.full((1, 7, 1), np.nan), torch.zeros(1, 7, 0))
     loss.backward()
     lost = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not lost   # every weight learns: encoder, decoder, map, LSTM
@@ -56,7 +57,7 @@ def test_paper_at_full_size():
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('preset', [SMALL.classification, replace(SMALL.classification, decoder_channels=())], ids=['map', 'no map'])
+@pytest.mark.parametrize('preset', [SMALL.classification, replace(SMALL.classification, decoder_channels=()), replace(SMALL.classification, decoder_channels=(), head='cells')], ids=['map', 'no map', 'cells'])
 def test_mixed_precision(preset, dtype):
     "What a GPU, or a CPU with bfloat16, does in training: half precision inside, float32 answers close to the full ones"
     torch.manual_seed(0)
@@ -67,9 +68,9 @@ def test_mixed_precision(preset, dtype):
     for f, h in zip(full, half):
         if f is None: assert h is None; continue
         assert h.dtype == torch.float32 and (f-h)[..., :7].abs().max() < .1*max(1, f.abs().max())
-    CompetitionLoss(.2, 1.)(half, torch.ones(2, 8), present, crops[:, :, 0], torch.zeros(2, 7, 30, dtype=torch.uint8)).backward()
+    FractureLoss('competition', .2, 1., .25)(half, torch.ones(2, 8), present, crops[:, :, 0], torch.zeros(2, 7, 2), torch.zeros(2, 7, 2, 2, 2)).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert all(model.get_parameter(n).grad is not None for n in ('slice.weight', 'squeeze.weight', 'vertebra.weight'))
+    assert all(model.get_parameter(n).grad is not None for n in ('likely.weight' if preset.head == 'cells' else 'slice.weight', 'squeeze.weight', 'vertebra.weight'))
 
 
 def test_tiny_fits_the_demo_bundle():
@@ -95,16 +96,16 @@ def test_it_learns_which_vertebra_is_broken():
     torch.manual_seed(0)
     preset = replace(SMALL.classification, dropout=0.)
     crops, masks, truth = broken_necks(32)
-    model, loss = CrackNetBiLSTM(preset), CompetitionLoss(.2, 1.)
+    model, loss = CrackNetBiLSTM(preset), FractureLoss('competition', .2, 1.)
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
     x, m, y = torch.from_numpy(crops), torch.from_numpy(masks), torch.from_numpy(truth).float()
-    z = torch.zeros(32, 7, 30, dtype=torch.uint8)
-    z[:, :, 5:25] = y[:, :7, None].byte()
+    z = y[:, :7, None].expand(32, 7, 2)   # slices 5 to 24 of 30, in groups of 15
+    nothing = torch.zeros(32, 7, 0)
     there = torch.ones(32, 7, dtype=torch.bool)
     for epoch in range(25):
         for i in torch.randperm(32).split(8):
             opt.zero_grad()
-            loss(model(x[i], there[i]), y[i], there[i], m[i], z[i]).backward()
+            loss(model(x[i], there[i]), y[i], there[i], m[i], z[i], nothing[i]).backward()
             opt.step()
     new, masks, truth = broken_necks(12, seed=1)
     model.eval()
@@ -255,7 +256,7 @@ def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, tmp_path, cap
     with pytest.raises(CspineError, match='trained on other data'): evaluate([run], other)
 
 
-@pytest.mark.parametrize('model', ['slice_lstm', 'slice_lstm_patient', 'resnet101_3d'])
+@pytest.mark.parametrize('model', ['slice_lstm', 'slice_lstm_patient', 'resnet101_3d', 'yolov5', 'cnn_svm', 'best'])
 def test_rivals_train_by_name_on_the_same_crops(data, seg_run, tmp_path, model):
     "From one crop data set, through a run and a bundle to an answer; overlapping groups and volumes, too"
     store = crops_module.crop_data_set(data, seg_run, tmp_path/'c', preset=SMALL, workers=1)
@@ -274,7 +275,72 @@ def test_rivals_train_by_name_on_the_same_crops(data, seg_run, tmp_path, model):
     assert cls == made.classification and (np.abs(p - oof.set_index('StudyInstanceUID').loc[uid, list(TARGETS)]) < .02).all()   # float16 weights
 
 
-def test_killed_and_resumed_is_as_if_never_killed(data, seg_run, tmp_path, monkeypatch):
+CHANCE = replace(SMALL, folds=5, classification=replace(SMALL.classification, decoder_channels=(), mask_loss=0., head='cells', cell_loss=.25, loss='bce', balance=.7, mixup=.4))
+
+
+@pytest.fixture(scope='module')
+def boxed(tmp_path_factory, data):
+    "The same studies, with boxes about what is broken, as a radiologist draws them"
+    folder = tmp_path_factory.mktemp('boxed')
+    shutil.copytree(data, folder, dirs_exist_ok=True)
+    truth = read_train(data/'train.csv')
+    rows = [(u, 14, 17, 16, 8, n) for u in truth.index if u != NOT_CT for level in range(7) if truth.loc[u, f'C{level+1}'] for n in range(7+9*level, 14+9*level)]
+    pd.DataFrame(rows, columns=['StudyInstanceUID', 'x', 'y', 'width', 'height', 'slice_number']).to_csv(folder/'train_bounding_boxes.csv', index=False)
+    return folder
+
+
+def test_boxes_teach_cells_and_evidence_is_counted(boxed, seg_run, tmp_path):
+    run = training.train_classification(boxed, CHANCE, seg_run, tmp_path/'r', workers=1, fold='all')
+    met, oof = pd.read_csv(run/'evidence.csv'), pd.read_csv(run/'oof.csv').set_index('StudyInstanceUID')
+    store = crops_module.Crops(run/'crops'/crops_module.crop_key(CHANCE.classification))
+    truth = read_train(boxed/'train.csv')
+    broken = [(u, f'C{i+1}') for u in store.uids for i in range(7) if truth.loc[u, f'C{i+1}']]
+    assert len(broken) >= 3 and sorted(zip(met.StudyInstanceUID, met.level)) == sorted(broken)
+    assert (met.fold == oof.fold[met.StudyInstanceUID].to_numpy()).all() and met.hit.isin([0, 1]).all() and met.share.between(.05, .95).all()
+    # what is written is what the fold's model says of the study
+    uid, k = met.StudyInstanceUID[0], met.fold[0]
+    model = CrackNetBiLSTM(CHANCE.classification)
+    model.load_state_dict(load_file(run/f'fold{k}'/'model.safetensors'))
+    study = store.read(uid)
+    q, heat = predict_probabilities([model], CHANCE.classification, crop_planes(study['crops'], study['masks'], CHANCE.classification), study['present'], evidence=True)
+    assert [(f'C{i+1}', int(h)) for i, h, _ in evidence_hits(heat, study)] == [(l, h) for u, l, h in zip(met.StudyInstanceUID, met.level, met.hit) if u == uid]
+    np.testing.assert_allclose(q, oof.loc[uid, list(TARGETS)].astype(float), atol=1e-5)
+    row = evaluate_run(run, boxed, samples=50).set_index(['row', 'figure']).loc[('C1-C7', 'evidence')]
+    assert row.value == pytest.approx(met.hit.mean()) and row.constant == pytest.approx(met.share.mean()) and row.of == len(broken) and row.low <= row.value <= row.high
+    # an epoch draws as many studies as there are, of the fractured the share that was asked for
+    ds = CropDataset(store, store.uids, truth.loc[store.uids, list(TARGETS)].to_numpy(), CHANCE.classification)
+    drawn = []
+    class Spy(torch.utils.data.Dataset):
+        weights = ds.weights
+        def __len__(self): return len(ds)
+        def __getitem__(self, i): drawn.append(ds.labels[i, 7]); return torch.zeros(1)
+    loader = training._Loader(Spy(), 1, True, 0, 60, torch.device('cpu'))
+    for loader.epoch in range(60): list(loader)
+    assert len(drawn) == 60*len(ds) and abs(np.mean(drawn) - .7) < .07
+
+
+def test_frozen_stages_keep_their_weights_if_they_have_any(data, seg_run, tmp_path):
+    cls = replace(SMALL.classification, decoder_channels=(), mask_loss=0., frozen=2, epochs=1, pretrained=True)
+    torch.manual_seed(5)
+    given = {k: v.clone() for k, v in CrackNetBiLSTM(cls).encoder.state_dict().items()}
+    save_file(given, tmp_path/'given.safetensors')
+    store = crops_module.crop_data_set(data, seg_run, tmp_path/'c', workers=1)
+    def encoder(name, weights):
+        run = training.train_classification(data, replace(SMALL, classification=cls), out=tmp_path/name, crops=store.folder, weights=weights)
+        return {k.removeprefix('encoder.'): v for k, v in load_file(run/'fold0'/'model.safetensors').items() if k.startswith('encoder.')}
+    def held(k): return k.startswith(('conv1', 'bn1', 'layer1', 'layer2'))
+    kept = encoder('a', str(tmp_path/'given.safetensors'))
+    assert all(torch.equal(kept[k], given[k]) for k in given if held(k))
+    assert not any(torch.equal(kept[k], given[k]) for k in given if k.endswith('weight') and not held(k))
+    torch.manual_seed(replace(SMALL).seed)
+    start, free = CrackNetBiLSTM(cls).encoder.state_dict(), encoder('b', 'none')   # what starts at random learns
+    assert not any(torch.equal(free[k], start[k]) for k in start if k.endswith('conv1.weight'))
+
+
+@pytest.mark.parametrize('preset', [None, CHANCE], ids=['plain', 'all chance'])
+def test_killed_and_resumed_is_as_if_never_killed(boxed, seg_run, tmp_path, monkeypatch, preset):
+    data = boxed
+    def train(data, seg_run, out, **kw): return training.train_classification(data, preset or replace(SMALL, folds=5), seg_run, out, workers=1, **kw)
     whole = train(data, seg_run, tmp_path/'whole')
     calls = []
     class Dies(training.ClassificationFigures):
@@ -315,7 +381,7 @@ def test_slices_of_a_vertebra_share_one_transform():
     crops, masks, truth = broken_necks(1)
     crops[0] = crops[0, :, :1]
     class One:
-        def read(self, uid): return dict(crops=crops[0].copy(), masks=np.repeat(masks[0, :, None] > 0, 30, 1), present=np.ones(7, bool), broken=np.zeros((7, 30), np.uint8))
+        def read(self, uid): return dict(crops=crops[0].copy(), fractures=np.zeros((7, 30, 32, 32), bool), masks=np.repeat(masks[0, :, None] > 0, 30, 1), present=np.ones(7, bool), broken=np.zeros((7, 30), np.uint8))
     for name in ('light', 'paper'):
         ds = CropDataset(One(), ['1.2'], truth.astype(int), replace(SMALL.classification, augment=name))
         for ds.epoch in range(4):

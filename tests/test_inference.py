@@ -92,14 +92,32 @@ def test_notes_of_the_reader_are_kept_and_not_changed(pipeline, study):
     assert v.notes == ['two slices were missing']
 
 
+NOWHERE = np.full((7, 3, 4, 4), np.nan)
+
+
+def test_where_it_looked_is_a_place_in_the_scan(pipeline, study, monkeypatch):
+    "The hottest cell of each crop, as a voxel; the middle of the crop is that of the vertebra's box"
+    p = pipeline.predict(study.volume, study.labels)
+    assert p.heat.shape[0] == 7 and p.looked.shape == (7, 3) and (np.isfinite(p.looked[:, 0]) == p.present).all()
+    there, margin = p.boxes[p.present].reshape(-1, 3, 2), pipeline.bundle.preset.classification.margin_mm/np.array(study.volume.spacing)
+    half = (there[..., 1]-there[..., 0]).max(1, keepdims=True)   # a crop is as wide as the longer side of its box
+    assert (p.looked[p.present] >= there[..., 0]-margin-half).all() and (p.looked[p.present] <= there[..., 1]+margin+half).all()
+    heat = np.zeros((7, 3, 3, 3))
+    heat[:, 1, 1, 1] = 1
+    monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: (np.full(8, .5), heat))
+    looked = pipeline.predict(study.volume, study.labels).looked
+    np.testing.assert_allclose(looked[p.present], there.mean(2)-.5, atol=1e-6)
+    assert np.isnan(looked[~p.present]).all()
+
+
 @pytest.mark.parametrize('says, answer', [(0., EPS), (1., 1-EPS), (.3, .3)])
 def test_no_answer_is_quite_sure(pipeline, study, monkeypatch, says, answer):
-    monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: np.full(8, says))
+    monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: (np.full(8, says), NOWHERE))
     assert np.allclose(pipeline.predict(study.volume, study.labels).probabilities, answer)
 
 
 def test_what_is_not_a_number_becomes_the_prior(pipeline, study, monkeypatch):
-    monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: np.array([np.nan, np.inf] + [.5]*6))
+    monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: (np.array([np.nan, np.inf] + [.5]*6), NOWHERE))
     p = pipeline.predict(study.volume, study.labels)
     assert np.allclose(p.probabilities, [*pipeline.bundle.prior[:2]] + [.5]*6)
     assert any('C1, C2 came out as not a number' in n for n in p.notes)

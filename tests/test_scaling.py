@@ -24,7 +24,7 @@ TINY = get_preset('tiny')
 SMALL = replace(TINY, name='small', folds=2,
                 segmentation=replace(TINY.segmentation, widths=(4, 8), low_widths=(4, 8), low_epochs=2, low_steps=4, low_patch=24, low_spacing=8., patch=24, spacing=4.,
                                      steps=5, epochs=2, ema=.9),
-                classification=replace(TINY.classification, encoder='tu-test_convnext', pretrained=False, group=15, every=15, size=32, hidden=16, epochs=2,
+                classification=replace(TINY.classification, encoder='tu-test_convnext', pretrained=False, head='pooled', group=15, every=15, size=32, hidden=16, epochs=2,
                                        batch=2, dropout=0., margin_mm=2.))
 TIMES = ['seconds', 'waiting']
 SEGMENTATION = 'train segmentation --data data --preset small --batch 2 --precision fp32 --device cpu --out'
