@@ -58,12 +58,12 @@ CLASSIFICATION = dict(
     resnet101_3d=Rival('the paper, related work; MONAI', 'the vertebra as a volume', dict(_CRACK, encoder='3d-resnet101', pretrained=False, hidden=256, layers=1, patient='noisy_or'), dict(encoder='3d-resnet10')),
     resnet50_3d_bilstm=Rival('the paper, related work; MONAI', 'the vertebra as a volume', dict(_CRACK, encoder='3d-resnet50', pretrained=False, hidden=256, patient='head'), dict(encoder='3d-resnet10')),
     vit=Rival('the paper, related work', 'single slices', dict(_SEQUENCE, encoder='vit_base_patch16_224', hidden=256), dict(encoder='vit_tiny_patch16_224')),
-    slice_lstm=Rival("the competition's first place", '15 times 5 neighbouring slices and the mask', dict(_WINNER, hidden=256), _LITE),
     yolov5=Rival("the paper, Table II: YOLOv5 on the fractures' boxes", 'single slices; their cells of 16 px', dict(_BOXES, encoder='yolov5s', pretrained=False, layers=0, patient='max', hidden=256), dict(encoder='yolov5n', hidden=128)),
     resnet50_no_crop=Rival('the paper, Table II, without cropping', 'single slices of all of the neck about the vertebra', dict(_SEQUENCE, encoder='resnet50', hidden=256, margin_mm=60., isolate=False), dict(encoder='resnet18', hidden=128)),
     cnn_svm=Rival('the paper, Table III, CNN-SVM', 'single slices', dict(_SEQUENCE, encoder='resnet50', hidden=256, frozen=9, layers=0, loss='hinge', patient='max'), _LITE),
-    best=Rival('ours', '15 times 3 neighbouring slices, their cells of 16 px', dict(_BEST, encoder='tu-tf_efficientnetv2_s', hidden=256), _LITE),
+    slice_lstm=Rival("the competition's first place", '15 times 5 neighbouring slices and the mask', dict(_WINNER, hidden=256), _LITE),
     slice_lstm_patient=Rival("the competition's first place, its patient model", 'the same of all vertebrae', dict(_WINNER, hidden=256, along='neck'), _LITE),
+    best=Rival('ours', '15 times 3 neighbouring slices, their cells of 16 px', dict(_BEST, encoder='tu-tf_efficientnetv2_s', hidden=256), _LITE),
 )
 
 RIVALS = dict(segmentation=SEGMENTATION, classification=CLASSIFICATION)   # stage -> name -> `Rival`

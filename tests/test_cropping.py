@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
-from cspine.cropping import AIR, MUSCLE, boxes_from_labels, crop_masks, crop_slices, crop_vertebrae
+from cspine.cropping import AIR, MUSCLE, boxes_from_labels, crop_fractures, crop_masks, crop_points, crop_slices, crop_vertebrae
 from cspine.dicom import Volume
 from cspine.phantom import make_study
 from cspine.presets import CspineError, get_preset
@@ -118,6 +118,18 @@ def test_slices_of_fractures_on_phantoms():
     for level in range(7):
         if not study.fractured[level]: assert not broken[level].any()
         else: assert set(broken[level]) == {0, 1}
+    # every pixel of the map leads back into a box that its own vertebra fills most of, and no other vertebra has one
+    where = crop_fractures(found, study.labels, study.volume.spacing, boxes, study.fractured, TINY)
+    assert (where.any((1, 2, 3)) == study.fractured).all()
+    most = [max((c for c in range(1, 8) if study.fractured[c-1]), key=lambda c: (study.labels[z0:z1, y0:y1, x0:x1] == c).sum()) for z0, z1, y0, y1, x0, x1 in found]
+    for level in np.flatnonzero(study.fractured):
+        assert (broken[level][where[level].any((1, 2))] == 1).all()
+        own = found[np.array(most) == level+1].reshape(-1, 3, 2)
+        for pixel in np.random.default_rng(level).permutation(np.argwhere(where[level]))[:40]:
+            at = np.full((7, 3), np.nan)
+            at[level] = (pixel+.5)/where[level].shape
+            voxel = crop_points(at, boxes, study.volume.spacing, TINY)[level]
+            assert ((voxel > own[..., 0]-1.5) & (voxel < own[..., 1]+.5)).all(1).any(), (level, voxel)
     # each marked slice lies at a box, and each box that lies in the crop of a broken vertebra alone marks a slice
     dz = study.volume.spacing[0]
     reached = np.zeros(study.volume.hu.shape[0], bool)

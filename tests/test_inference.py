@@ -96,17 +96,22 @@ NOWHERE = np.full((7, 3, 4, 4), np.nan)
 
 
 def test_where_it_looked_is_a_place_in_the_scan(pipeline, study, monkeypatch):
-    "The hottest cell of each crop, as a voxel; the middle of the crop is that of the vertebra's box"
+    "The hottest cell of each crop, as a voxel: in the first third of its slices, the middle of its rows, the last third of its columns"
     p = pipeline.predict(study.volume, study.labels)
     assert p.heat.shape[0] == 7 and p.looked.shape == (7, 3) and (np.isfinite(p.looked[:, 0]) == p.present).all()
     there, margin = p.boxes[p.present].reshape(-1, 3, 2), pipeline.bundle.preset.classification.margin_mm/np.array(study.volume.spacing)
     half = (there[..., 1]-there[..., 0]).max(1, keepdims=True)   # a crop is as wide as the longer side of its box
     assert (p.looked[p.present] >= there[..., 0]-margin-half).all() and (p.looked[p.present] <= there[..., 1]+margin+half).all()
     heat = np.zeros((7, 3, 3, 3))
-    heat[:, 1, 1, 1] = 1
+    heat[:, 0, 1, 2] = 1
     monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: (np.full(8, .5), heat))
     looked = pipeline.predict(study.volume, study.labels).looked
-    np.testing.assert_allclose(looked[p.present], there.mean(2)-.5, atol=1e-6)
+    mm, spacing, m = there*np.array(study.volume.spacing)[:, None], np.array(study.volume.spacing), pipeline.bundle.preset.classification.margin_mm
+    side = (mm[:, 1:, 1]-mm[:, 1:, 0]).max(1) + 2*m
+    want = mm.mean(2)
+    want[:, 0] = mm[:, 0, 0] - m + (mm[:, 0, 1]-mm[:, 0, 0] + 2*m)/6
+    want[:, 2] += side/3
+    np.testing.assert_allclose(looked[p.present], want/spacing - .5, atol=1e-6)
     assert np.isnan(looked[~p.present]).all()
 
 
