@@ -36,13 +36,14 @@ def _need_fastai():
 
 PRECISIONS = ('auto','fp32','bf16','fp16')
 
-def _dtype(precision, device):
-    "The number format of mixed precision, None for float32"
+def _dtype(precision, device, model=None):
+    "The number format of mixed precision for a model, None for float32"
     if precision not in PRECISIONS: raise CspineError(f'precision should be one of {", ".join(PRECISIONS)}, got {precision!r}')
     if precision == 'fp32': return None
     fast = fast_dtype(device)
     if precision == 'bf16' and fast != torch.bfloat16: raise CspineError(f'this {device.type} cannot compute in bf16; use auto')
     if precision == 'fp16' and device.type != 'cuda': raise CspineError(f'fp16 trains on a GPU, not on {device.type}; use auto')
+    if precision == 'auto' and device.type == 'cpu' and model is not None and not any(isinstance(m, torch.nn.Conv3d) for m in model.modules()): return None
     return torch.float16 if precision == 'fp16' else fast
 
 _precision = {None:'fp32', torch.bfloat16:'bf16', torch.float16:'fp16'}
@@ -270,7 +271,7 @@ def fit(
     fold = Path(fold)
     (fold/'checkpoints').mkdir(parents=True, exist_ok=True)
     device,state = _place(device)
-    dtype = _dtype(precision, device)
+    dtype = _dtype(precision, device, model)
     rank,of = (0,1) if state is None else (state.process_index,state.num_processes)
     torch.manual_seed(seed)
     model = channels_last(model.to(device))

@@ -25,7 +25,7 @@ PAPER = dict(unet_efficientnet=(.999, 1.), unet_efficientnet_25d=(.980, 1.), res
 def steps(net, seg, item, seconds):
     "How many training steps fit into that time"
     device = find_device()
-    return max(1, int(seconds / _step_seconds(net.to(device), segmentation_loss(seg), item, seg.batch, device, _dtype('auto', device))))
+    return max(1, int(seconds / _step_seconds(net.to(device), segmentation_loss(seg), item, seg.batch, device, _dtype('auto', device, net))))
 
 
 def item_of(seg):

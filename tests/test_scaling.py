@@ -198,8 +198,10 @@ def test_bf16_is_what_computes(tmp_path, monkeypatch):
         seen.append(pred.dtype)
         return (pred.float() - true).square().mean()
     monkeypatch.setattr(training, 'fast_dtype', lambda device: torch.bfloat16)
-    for precision, dtype in (('auto', torch.bfloat16), ('bf16', torch.bfloat16), ('fp32', torch.float32)):
-        log = training.fit(torch.nn.Linear(1, 1), loss, Slow(0), Slow(0), tmp_path, 1, device='cpu', precision=precision)
+    flat = torch.nn.Linear(1, 1)
+    deep = torch.nn.Sequential(torch.nn.Unflatten(1, (1, 1, 1, 1)), torch.nn.Conv3d(1, 1, 1), torch.nn.Flatten())
+    for net, precision, dtype in ((deep, 'auto', torch.bfloat16), (flat, 'auto', torch.float32), (flat, 'bf16', torch.bfloat16), (deep, 'fp32', torch.float32)):
+        log = training.fit(net, loss, Slow(0), Slow(0), tmp_path, 1, device='cpu', precision=precision)
         assert set(seen) == {dtype} and set(log['dtype']) == {'fp32' if dtype == torch.float32 else 'bf16'}
         seen.clear()
 
