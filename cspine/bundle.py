@@ -75,7 +75,7 @@ def _read_run(folder):
     if not files: raise CspineError(f'{folder} has no trained fold (fold0/model.safetensors); finish it with --resume')
     return run, Preset.from_dict(run.get('preset')), dict(sorted(files.items()))
 
-_TRAINING = 'predicted','pretrained','loss','augment','epochs','steps','batch','lr','weight_decay','ema','dropout','mask_loss','slice_loss','cell_loss','frozen','balance','mixup'
+_TRAINING = 'predicted','pretrained','loss','augment','epochs','steps','batch','lr','weight_decay','ema','dropout','mask_loss','slice_loss','cell_loss','frozen','sampled','balance','mixup'
 
 def _recipe(kind, preset):
     "What a run of that kind learned with, part by part, without the fields that matter to training only"
@@ -83,13 +83,20 @@ def _recipe(kind, preset):
     return {s:{k:v for k,v in preset.to_dict()[s].items() if k not in _TRAINING} for s in parts}
 
 # %% ../nbs/21_bundle.ipynb #a757781b
+def _read_parts(folder):
+    "Kind, cards, preset and weight files by fold of a run; of a bundle those of its stage 1 and its YOLO"
+    if (folder/'run.json').exists() or not _is_bundle(folder):
+        run,preset,found = _read_run(folder)
+        return [(run['kind'], [{k:v for k,v in run.items() if k not in ('kind','preset')}], preset, found)]
+    b = load_bundle(folder)   # checks the files
+    stages,cards = _read_json(folder/'bundle.json', 'bundle')['stages'],b.card.get('runs', {})
+    return [(s, cards.get(s, []), b.preset, {e['fold']:folder/e['file'] for e in stages[s]}) for s in PARTS if s != 'classification' and stages.get(s)]
+
 def _collect(runs):
     "Each part's weight files by fold, and one preset for all"
     files,presets,cards = {s:{} for s in PARTS},{},{}
     recipes = {}
-    for folder in runs:
-        run,preset,found = _read_run(folder)
-        kind = run['kind']
+    for folder,(kind,said,preset,found) in ((folder,part) for folder in map(Path, runs) for part in _read_parts(folder)):
         for part,own in _recipe(kind, preset).items():
             first,name,other = recipes.setdefault(part, (folder,preset.name,own))
             if own != other:
@@ -100,7 +107,7 @@ def _collect(runs):
             raise CspineError(f'{folder} holds {kind} fold {twice[0]} once more; leave one of the runs out')
         files[kind].update(found)
         presets[kind] = preset
-        cards.setdefault(kind, []).append({k:v for k,v in run.items() if k not in ('kind','preset')})
+        cards.setdefault(kind, []).extend(said)
     for s in STAGES:
         if not files[s]: raise CspineError(f'a bundle needs a {s} run too; give its folder beside the others')
     boxes,yolo = presets['classification'].boxes,bool(files['detection'])   # what stage 2 has learned from
@@ -172,7 +179,7 @@ def prevalence_odds(
 
 # %% ../nbs/21_bundle.ipynb #1eafe3b5
 def bundle(
-    runs,            # run folders of `train_segmentation`, `train_classification` and, for YOLO's boxes, `train_detection`: one or more of each kind
+    runs,            # run folders of `train_segmentation`, `train_classification` and, for YOLO's boxes, `train_detection`: one or more of each kind; in place of stage 1's, a bundle that has it
     out,             # the folder to write; a bundle that is there is replaced
     card:dict|None=None,  # what a reader should know: `data`, `figures`, `not_for`, ... Added to what the runs say
 ) -> Path:           # `out`

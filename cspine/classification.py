@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Output', 'CELL', 'noisy_or', 'CrackNetBiLSTM', 'FractureLoss', 'CropDataset', 'with_prior', 'ClassificationFigures',
-           'classification_figures', 'fit_calibration', 'strongest', 'evidence_hits', 'predict_probabilities']
+           'classification_figures', 'fit_calibration', 'calibrated', 'cross_calibrated', 'strongest', 'evidence_hits',
+           'predict_probabilities']
 
 # %% ../nbs/13_classification.ipynb #1e5a5033
 from collections import namedtuple
@@ -192,23 +193,25 @@ class CrackNetBiLSTM(nn.Module):
 
     def forward(self,
         crops:torch.Tensor,    # (B, 7, preset.planes, S, S), uint8 or float, 0 to 255, of `crop_planes`
-        present:torch.Tensor,  # (B, 7) bool
+        present:torch.Tensor,  # (B, 7) bool, or (B, 7, groups): which groups of slices to look at
     ):                         # `Output`
         "Absent vertebrae are not looked at: the LSTM sees zeros in their place, their logits mean nothing"
         b,_,_,h,w = crops.shape
-        level = torch.arange(7, device=crops.device).expand(b, 7)[present]
         g = self.groups
-        x = crops[present].float().unflatten(1, (g, -1)).flatten(0, 1)
-        f,own,cells = self.features(x, level.repeat_interleave(g))
+        look = present[...,None].expand(b, 7, g) if present.dim() == 2 else present
+        n = look.sum(2).clamp(min=1)   # groups of each vertebra
+        present = look.any(2)
+        level = torch.arange(7, device=crops.device)[:,None].expand(b, 7, g)[look]
+        f,own,cells = self.features(crops.unflatten(2, (g, -1))[look].float(), level)
+        def place(x, value=0.): return x.new_full((b, 7, g, *x.shape[1:]), value).masked_scatter(look.reshape(b, 7, g, *[1]*(x.dim()-1)), x)
         f,slices = self.norm(f),None
         if g > 1:
             each = self.slice(self.drop(f))[:,0].float() if cells is None else cells.flatten(1).logsumexp(1)
             if cells is not None: f = torch.cat([f, each[:,None]], 1)
-            slices = f.new_zeros(b, 7, g, dtype=torch.float32)
-            slices[present] = each.unflatten(0, (-1, g))
-            f = F.gelu(self.squeeze(self.drop(f))).float().unflatten(0, (-1, g))
-            if self.preset.along == 'vertebrae': f = torch.cat([f.mean(1), f.amax(1)], 1)
-            if own is not None: own = own.unflatten(0, (-1, g)).mean(1)
+            slices = place(each)
+            f = F.gelu(self.squeeze(self.drop(f))).float()
+            if self.preset.along == 'vertebrae': f = torch.cat([place(f).sum(2)/n[...,None], place(f, -1).amax(2)], 2)[present]   # GELU's lies above -1
+            else: f = place(f)[present]
         sequence = f.new_zeros(b, 7, *f.shape[1:])
         sequence[present] = self.drop(f)
         shape = sequence.shape[:-1]
@@ -219,16 +222,14 @@ class CrackNetBiLSTM(nn.Module):
         if seen.dim() == 4: seen = torch.cat([seen.mean(2), seen.amax(2)], 2)
         seen = self.drop(seen)
         vertebrae = self.vertebra(seen)[...,0].float()
-        if g > 1: vertebrae = vertebrae + self.weight*(slices.logsumexp(2) - np.log(g))
+        if g > 1: vertebrae = vertebrae + self.weight*(slices.masked_fill(~look & present[...,None], -1e4).logsumexp(2) - n.log())
         patient = noisy_or(vertebrae, present) if self.preset.patient != 'max' else vertebrae.masked_fill(~present, -30).amax(1)
         if self.preset.patient == 'head':
             there = present[...,None]
             top = seen.masked_fill(~there, -1).amax(1)   # an LSTM's output lies in (-1, 1), GELU's above -1
             patient = patient + self.patient(torch.cat([(seen*there).sum(1)/there.sum(1).clamp(min=1), top], 1))[:,0].float()
         logits = torch.cat([vertebrae, patient[:,None]], 1)*self.scale + self.shift
-        if own is not None: own = own.new_zeros(b, 7, h, w).masked_scatter(present[...,None,None], own)
-        if cells is not None: cells = cells.new_zeros(b, 7, g, *cells.shape[1:]).masked_scatter(present[...,None,None,None], cells)
-        return Output(logits, own, slices, cells)
+        return Output(logits, None if own is None else place(own).sum(2)/n[...,None,None], slices, None if cells is None else place(cells))
 
 # %% ../nbs/13_classification.ipynb #593f21e9
 class FractureLoss(nn.Module):
@@ -285,6 +286,7 @@ class CropDataset(torch.utils.data.Dataset):
         self.crops,self.uids,self.labels,self.preset,self.seed,self.epoch = crops,list(uids),np.asarray(labels),preset,seed,0
         self.augment = self.weights = None
         self.mixup = preset.mixup if train and len(self.uids) > 1 else 0
+        self.sampled = preset.sampled if train and preset.sampled < preset.groups else 0
         if train and preset.augment != 'none':
             from cspine.augment import classification_augment
             self.augment = classification_augment(preset)
@@ -294,20 +296,29 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __len__(self): return len(self.uids)
 
-    # crops (7, preset.planes, S, S) uint8, present (7,); labels (8,), present, masks (7, S, S) uint8: the mask as seen from above,
+    # crops (7, preset.planes, S, S) uint8, present (7,) or, sampled, which groups to look at (7, groups); labels (8,), present, masks (7, S, S) uint8: the mask as seen from above,
     # broken (7, groups) and cells (7, groups, S/16, S/16), 0 to 1, nan: unknown. Head 'pooled' has no cells: (7, 0)
     def __getitem__(self, i):
-        rng = np.random.default_rng((self.seed, self.epoch, i))
+        i,*again = i if isinstance(i, tuple) else (i,)   # (i, n): drawn for the nth time in this epoch
+        rng = np.random.default_rng((self.seed, self.epoch, i, *again))
         item = self._item(i, rng)
-        if self.mixup:
+        other = self._item((i + rng.integers(1, len(self))) % len(self), rng) if self.mixup else item
+        present = item['present'] & other['present']
+        if self.mixup and present.any():
             share = rng.beta(self.mixup, self.mixup)
-            other = self._item((i + rng.integers(1, len(self))) % len(self), rng)
-            present = item['present'] & other['present']
+            for s in (item, other):   # a fracture that is not in the mixture breaks no patient
+                if (y := s['labels'])[:7][~present].any(): y[7] = y[:7][present].max()
             mixed = {k:share*item[k] + (1-share)*other[k] for k in item if k != 'present'}
             item = {k:v.round().astype(np.uint8) if item[k].dtype == np.uint8 else v.astype(np.float32) for k,v in mixed.items()} | dict(present=present)
         planes,present = crop_planes(item['crops'], item['masks'], self.preset),torch.from_numpy(item['present'])
         above = item['masks'].mean(1, dtype=np.float32).round().astype(np.uint8)
-        return (torch.from_numpy(planes),present,*map(torch.from_numpy, (item['labels'],)),present,*map(torch.from_numpy, (above, item['broken'], item['cells'])))
+        look = present
+        if self.sampled:
+            look = _sample(item['broken'], item['labels'], self.sampled, rng) & item['present'][:,None]
+            item['broken'] = np.where(look, item['broken'], np.float32(np.nan))
+            if item['cells'].size: item['cells'] = np.where(look[...,None,None], item['cells'], np.float32(np.nan))
+            look = torch.from_numpy(look)
+        return (torch.from_numpy(planes),look,*map(torch.from_numpy, (item['labels'],)),present,*map(torch.from_numpy, (above, item['broken'], item['cells'])))
 
     def _item(self, i, rng):
         "A study, augmented"
@@ -341,6 +352,17 @@ def _cell_labels(where, broken, side=16):
     out[np.isnan(broken) | ((broken > 0) & ~(out == 1).any((2,3)))] = np.nan
     return out
 
+def _sample(broken, labels, n, rng):
+    "Which groups (7, groups) of slices to look at: n of each vertebra, up to half of them broken, the rest by chance; all where it is not known which are"
+    out = np.ones(broken.shape, bool)
+    for level,b in enumerate(broken):
+        if np.isnan(b).any() or (labels[level] > 0 and not b.any()): continue
+        order = rng.permutation(len(b))
+        first = order[b[order] > 0][:(n+1)//2]
+        out[level] = False
+        out[level,[*first, *order[~np.isin(order, first)][:n-len(first)]]] = True
+    return out
+
 def _shift_slices(n, rng, most=2):
     "Which of `n` slices to take for a stretch that begins and ends up to `most` slices elsewhere"
     a,b = rng.uniform(-most, most, 2)
@@ -352,10 +374,13 @@ def with_prior(
     present:np.ndarray,        # (..., 7) bool
     prior=None,                # (8,) answers for what was not seen; None: `PRIOR`
 ) -> np.ndarray:               # (..., 8)
-    "Absent vertebrae get their prior; if all are absent, the patient does as well"
+    "Absent vertebrae get their prior, if all are absent the patient as well; who is seen to be broken at one level is no less likely broken at all"
     prior = PRIOR[list(TARGETS)].to_numpy() if prior is None else np.asarray(prior, float)
     known = np.concatenate([present, present.any(-1, keepdims=True)], -1)
-    return np.where(known, probabilities, prior)
+    out = np.where(known, probabilities, prior)
+    top = np.where(present, out[...,:7], 0).max(-1)
+    out[...,7] = np.where(out[...,7] < top, top, out[...,7])   # what is not a number stays so
+    return out
 
 class ClassificationFigures:
     "Sums up validation batches: the competition's metric, its best constant, AUROC"
@@ -396,6 +421,7 @@ def fit_calibration(
     "The logits' factors and shifts under which the metric's log losses are least, one for the vertebrae and one for the patient"
     from scipy.optimize import minimize
     present = np.concatenate([present, present.any(1, keepdims=True)], 1)
+    guess = np.clip(guess, 1e-9, 1-1e-9)
     logit,scale,shift = np.log(guess)-np.log1p(-guess),np.ones(8),np.zeros(8)
     for part in (slice(0, 7), slice(7, 8)):
         on = present[:,part]
@@ -407,6 +433,23 @@ def fit_calibration(
             best = minimize(loss, (0, 0), bounds=((-np.log(4), np.log(4)), (-4, 4))).x
             scale[part],shift[part] = np.exp(best[0]),best[1]
     return scale,shift
+
+def calibrated(
+    guess:np.ndarray,    # (..., 8) probabilities
+    scale,shift,         # of `fit_calibration`
+) -> np.ndarray:         # (..., 8)
+    "What a model with that calibration answers"
+    return 1/(1 + (1/guess-1)**scale*np.exp(-shift))
+
+def cross_calibrated(
+    truth:np.ndarray,    # (studies, 8) 0 or 1
+    guess:np.ndarray,    # (studies, 8) probabilities of studies that the model has not seen
+    present:np.ndarray,  # (studies, 7) bool
+) -> np.ndarray:         # (studies, 8)
+    "Answers calibrated by what the other half of the studies taught: fit to be scored"
+    out = guess.copy()
+    for part in (0, 1): out[part::2] = calibrated(guess[part::2], *fit_calibration(truth[1-part::2], guess[1-part::2], present[1-part::2]))
+    return out
 
 # %% ../nbs/13_classification.ipynb #765d5d92
 def _looked(model, x, there):
@@ -448,11 +491,11 @@ def evidence_hits(
 ) -> list:            # of (level 0-6, does the strongest point lie in a box?, share of the bone's points that do)
     "How well a model's strongest points meet the boxes that were drawn"
     out,at = [],strongest(heat)
-    for level in np.flatnonzero(study['fractures'].any((1,2,3)) & np.isfinite(at[:,0])):
+    for level in np.flatnonzero(study['fractures'].any((1,2,3)) & np.isfinite(heat).all((1,2,3))):
         boxed = np.stack([p.any(0) for p in np.array_split(study['fractures'][level], heat.shape[1])])
         bone = np.stack([p.any(0) for p in np.array_split(study['masks'][level], heat.shape[1])])
-        g,y,x = (at[level]*boxed.shape).astype(int)
-        out.append((int(level), bool(boxed[g,y,x]), float((boxed & bone).sum()/max(1, bone.sum()))))
+        hit = np.isfinite(at[level]).all() and boxed[tuple((at[level]*boxed.shape).astype(int))]   # who looked nowhere has missed
+        out.append((int(level), bool(hit), float((boxed & bone).sum()/max(1, bone.sum()))))
     return out
 
 # %% ../nbs/13_classification.ipynb #5bb806bf

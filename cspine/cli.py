@@ -132,6 +132,7 @@ def crop_data_set(
     bundle: Annotated[Path | None, Option(metavar='BUNDLE|RUN', help='What labels the studies: a bundle, or a run folder of stage 1, whose folds then label the studies '
                                           'that they have not seen; without it, the demo bundle.', show_default=False)] = None,
     detection: Detection = None,
+    model: Model = None,
     masks: Annotated[bool, Option('--masks', help='The masks in --data, segmentations/, cut; no bundle is asked.')] = False,
     preset: Annotated[str | None, Option(metavar='NAME', help="Preset whose stage 2 says how to cut; without it, the bundle's own, or tiny.", show_default=False)] = None,
     workers: Annotated[int | None, Option(min=1, metavar='N', help='Processes; without it, one per core.', show_default=False)] = None,
@@ -140,7 +141,7 @@ def crop_data_set(
 ):
     "Cut the vertebrae out of every study, once: what stage 2 trains on."
     from cspine.crops import crop_data_set
-    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view, detection=detection, masks=masks)
+    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view, detection=detection, masks=masks, model=model)
     print(f'crops: {crops.folder}, {len(crops)} of {crops.made["studies"]} studies, {crops.bytes/1e6:.0f} MB')
     if view is not None: print(f'view: {view}')
     return crops
@@ -148,7 +149,7 @@ def crop_data_set(
 # %% ../nbs/40_cli.ipynb #f07264f6
 @app.command(epilog='Example: cspine bundle runs/seg runs/cls --out my_bundle')
 def bundle(
-    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Run folders of both stages.', show_default=False)],
+    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Run folders of both stages; in place of stage 1, the bundle whose stage 1 cut the crops.', show_default=False)],
     out: Annotated[Path, Option(metavar='BUNDLE', help='Bundle folder to write.', show_default=False)],
 ) -> Path:
     "Put trained runs together into one folder that predicts."
@@ -214,33 +215,40 @@ def _page_stamp(page, report, truth, pictures):
     return json.dumps([pictures, *(hashlib.sha256(p.read_bytes()).hexdigest() for p in parts)])
 
 def _page(page, report, truth, bundle, device, pictures):
-    "The page of a submission: what its report says of each study, and pictures of the likeliest fractures"
+    "The page of a submission: what its report says of each study, and pictures of the likeliest fractures and, if the truth is known, of the worst answers"
     import pandas as pd
     from cspine.bundle import default_bundle
     from cspine.dicom import read_series
     from cspine.inference import Pipeline
     from cspine.presets import progress
     from cspine.report import Entry,entry,report_page
-    from cspine.rsna import find_studies,read_train,score
+    from cspine.presets import TARGETS
+    from cspine.rsna import _losses,find_studies,read_train,score
     from cspine_submission.runner import NO_SPINE,STOOD_IN
     answers = None if truth is None else read_train(truth)
     pipeline = Pipeline(default_bundle() if bundle is None else bundle, device=device)   # named: `submit` has said which
     folders,entries = find_studies(report['data'], 'test'),[]
     readable = [uid for uid,study in report['study'].items() if study['status'] != STOOD_IN]
-    pictured = sorted(readable, key=lambda uid: -report['study'][uid]['probabilities']['patient_overall'])[:pictures]
+    likely = sorted(readable, key=lambda uid: -report['study'][uid]['probabilities']['patient_overall'])
+    known = [] if answers is None else [uid for uid in readable if uid in answers.index]
+    if known:
+        weight,loss = _losses(answers.loc[known], pd.DataFrame([report['study'][uid]['probabilities'] for uid in known], known)[list(TARGETS)])
+        worst = [known[i] for i in (-(weight*loss).sum(1)).argsort()]
+    half = pictures - pictures//2 if known else pictures
+    pictured = list(dict.fromkeys([*likely[:half], *(worst if known else ()), *likely]))[:pictures]
     for uid in progress(report['study'], 'page'):
         study = report['study'][uid]
-        known = answers.loc[uid] if answers is not None and uid in answers.index else None
+        truth_of = answers.loc[uid] if uid in known else None
         if uid in pictured:
             volume = read_series(folders[uid])
-            entries.append(entry(volume, pipeline.predict(volume), known))
-        else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=known, notes=_notes(study),
+            entries.append(entry(volume, pipeline.predict(volume), truth_of))
+        else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=truth_of, notes=_notes(study),
                                 cervical_spine=study['status'] != NO_SPINE))
     return report_page(entries, page, title='Submission', card=pipeline.bundle.card,
                        score=None if truth is None else score(truth, report['path']),
-                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured.' if pictured else '')
+                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured{" and those answered worst" if known else ""}.' if pictured else '')
 
-def _notes(study): return tuple(filter(None, [study['reason'], *study['notes']]))
+def _notes(study): return tuple(dict.fromkeys(filter(None, [*study['reason'].split('; '), *study['notes']])))   # the reason of a study that was read is its reader's notes
 
 # %% ../nbs/40_cli.ipynb #857c2c24
 @app.command(epilog='Example: cspine score --truth data/test_truth.csv --submission submission.csv')

@@ -237,6 +237,7 @@ def crop_data_set(
     fold_of=None,        # uid -> fold, the studies wanted; None: those of train.csv, with the folds of the run
     detection=None,      # run folder of YOLO trained beside that of stage 1, whose boxes cut; None: the label map's boxes, or those of the bundle's YOLO
     masks:bool=False,    # the masks in data/segmentations cut, and no bundle; a study without one is left out
+    model:str=None,      # a key of `RIVALS['classification']`, which may want crops of its own; None: the preset's
 ) -> Crops:
     "The crops of a folder of studies on disk, made where they are not there yet; studies without a vertebra are named on stderr"
     data,out,device = Path(data).resolve(),Path(out).resolve(),str(find_device(device))   # the processes may have been begun in another folder
@@ -244,6 +245,9 @@ def crop_data_set(
     truth = read_train(data/'train.csv')
     source = _Source(data/'segmentations', 'masks', replace(get_preset(preset or 'tiny'), boxes='mask'), {}, None, {}) if masks else _source(bundle, detection)
     whole = source.preset if preset is None else replace(source.preset, classification=get_preset(preset).classification)
+    if model:
+        from cspine.rivals import with_model
+        whole = with_model(whole, model, stage='classification')
     if fold_of is None:
         fold_of = read_folds(source.folder/'folds.csv') if source.kind == 'run' else pd.Series(dtype=int)
         fold_of = pd.Series({u:fold_of.get(u, -1) for u in truth.index}, dtype=int)
@@ -262,6 +266,8 @@ def crop_data_set(
         if uid in drawn: made += [drawn[uid].to_csv(index=False)]
         if masks and (mask := source.mask(uid)).exists(): made += [mask.stat().st_size, mask.stat().st_mtime_ns]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+    if late := sorted({int(k) for k in fold_of if k >= 0 and source.kind == 'run' and k not in source.weights}):
+        print(f"stage 1's fold {', '.join(map(str, late))} is not trained: fold {min(source.weights)}, which may have learned from their studies, labels them", file=sys.stderr)
     if late := sorted({int(k) for k in fold_of if k >= 0 and source.yolo_weights and source.kind == 'run' and k not in source.yolo_weights}):
         print(f"YOLO's fold {', '.join(map(str, late))} is not trained: fold {min(source.yolo_weights)}, which has learned from their studies, cuts them", file=sys.stderr)
     blank = dict.fromkeys(_COLUMNS, '')

@@ -115,6 +115,7 @@ class ClassificationPreset:
     along:str               # what the LSTM runs along: the 'vertebrae', the 'slices' of each vertebra alone, or those of all, the 'neck'
     mask_channel:bool       # each group of slices has the vertebra's mask as one more channel
     head:str                # what is read of a group: 'pooled' maps, or 'cells', a logit for each cell of 16 x 16 px, of which the likeliest count
+    sampled:int             # groups of a vertebra that a training step looks at, up to half of them from its box; 0, or where no box says: all
     slice_loss:float        # weight of the loss per group of slices, taught by train_bounding_boxes.csv; 0: none
     cell_loss:float         # the same of the cells; 0: none
     classes:int             # channels of the map: C1-C7
@@ -181,7 +182,7 @@ _CHOICES = {SegmentationPreset: dict(model=('unet2d','unet3d','cascade3d','resne
 _LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64), size=(16,2048), spacing=(.5,20), low_spacing=(.5,20), patch=(8,512), low_patch=(8,512), widths=(1,2048),
                low_widths=(1,2048), decoder_channels=(1,2048), low_epochs=(0,10000), low_steps=(0,10**6), epochs=(1,10000), steps=(1,10**6), batch=(1,4096),
                lr=(1e-9,10), weight_decay=(0,10), ema=(0,.99999), slices=(1,512), margin_mm=(0,100), window=(-10000,10000), group=(1,512), every=(1,512),
-               slice_loss=(0,1000), cell_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(0,16), dropout=(0,.99), frozen=(0,99), balance=(0,1), mixup=(0,100),
+               sampled=(0,512), slice_loss=(0,1000), cell_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(0,16), dropout=(0,.99), frozen=(0,99), balance=(0,1), mixup=(0,100),
                slice_mm=(0,20), confidence=(.001,.999), predicted=(0,10**6))
 _ENCODER = re.compile(r'[A-Za-z0-9_.-]+')   # timm takes "hf-hub:..." and "local-dir:..." for a place to load from
 
@@ -220,6 +221,8 @@ def _checked(cls, d, where):
         raise CspineError(f'{where} field window of the preset should be (width, level) in HU with a width above 0, got {out["window"]!r}')
     if cls is ClassificationPreset and (out['slices'] % out['every'] or out['group'] > out['slices']):
         raise CspineError(f"{where} of the preset: every should divide the slices and group not be above them, got {out['slices']} slices, a group of {out['group']} every {out['every']}")
+    if cls is ClassificationPreset and out['sampled'] and out['along'] != 'vertebrae':
+        raise CspineError(f"{where} of the preset: an LSTM along the {out['along']} has to see all groups of slices, so sampled should be 0, got {out['sampled']}")
     if cls is DetectionPreset and out['size'] % 32:
         raise CspineError(f'{where} field size of the preset should be a multiple of 32, which YOLO halves five times, got {out["size"]}')
     needs = dict(unet2d=('encoder','size'), visible2d=('encoder','size'), resnet3d=('encoder','spacing','patch'), unet3d=('spacing','patch','widths'),
@@ -236,7 +239,7 @@ PRESETS = dict(
             low_spacing=None, low_patch=None, low_widths=None, low_epochs=0, low_steps=0, loss='bce_jaccard', augment='paper',
             epochs=20, steps=None, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.),
         ClassificationPreset(encoder='resnet101', pretrained=True, decoder_channels=(256,128,64,32,16), slices=30,
-            size=256, margin_mm=0., window=(1800,400), tilt=False, isolate=False, group=30, every=30, along='vertebrae', mask_channel=False, head='pooled', slice_loss=0., cell_loss=0.,
+            size=256, margin_mm=0., window=(1800,400), tilt=False, isolate=False, group=30, every=30, along='vertebrae', mask_channel=False, head='pooled', sampled=0, slice_loss=0., cell_loss=0.,
             classes=7, hidden=256, layers=2, patient='noisy_or', mask_loss=1., dropout=0., frozen=0, loss='competition', balance=0., mixup=0., augment='paper', epochs=20, batch=2, lr=1e-4, weight_decay=1e-2, ema=0.),
         DetectionPreset(model='yolov5s', size=512, slice_mm=0., confidence=.25, predicted=0,
             epochs=20, batch=16, lr=1e-3, weight_decay=1e-2, ema=0.999), boxes='yolo'),
@@ -246,7 +249,7 @@ PRESETS = dict(
             low_spacing=4., low_patch=48, low_widths=(16,32,64,112), low_epochs=6, low_steps=700, loss='ce_dice',
             augment='neck3d', epochs=5, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
-            size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, every=2, along='vertebrae', mask_channel=False, head='cells', slice_loss=1., cell_loss=.25,
+            size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, every=2, along='vertebrae', mask_channel=False, head='cells', sampled=5, slice_loss=1., cell_loss=.25,
             classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, frozen=3, loss='competition', balance=0., mixup=0., augment='light', epochs=3, batch=1, lr=1e-3, weight_decay=1e-2, ema=0.998),
         DetectionPreset(model='yolov5n', size=128, slice_mm=2., confidence=.25, predicted=0,
             epochs=10, batch=16, lr=2e-3, weight_decay=1e-2, ema=0.99), boxes='mask'),

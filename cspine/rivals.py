@@ -37,14 +37,14 @@ SEGMENTATION = dict(
         dict(_GRID, model='unet3d', encoder=None, spacing=2., patch=96, widths=(16,32,64,112,160), steps=500, lr=2e-3), dict(patch=80, steps=180)),
 )
 
-_CRACK = dict(pretrained=True, decoder_channels=(), group=30, every=30, along='vertebrae', mask_channel=False, head='pooled', slice_loss=0., cell_loss=0., mask_loss=0., dropout=0., layers=2,
+_CRACK = dict(pretrained=True, decoder_channels=(), group=30, every=30, along='vertebrae', mask_channel=False, head='pooled', sampled=0, slice_loss=0., cell_loss=0., mask_loss=0., dropout=0., layers=2,
               frozen=0, loss='competition', balance=0., mixup=0.)
 _SEQUENCE = dict(_CRACK, group=1, every=2, along='slices', layers=1, patient='noisy_or')   # a 2D network on single slices, an LSTM along them
 _WINNER = dict(_SEQUENCE, encoder='tu-tf_efficientnetv2_s', group=5, mask_channel=True, dropout=.3, layers=2, patient='head')
 _LITE = dict(encoder='tu-tf_efficientnet_lite0', hidden=128)   # the one with ImageNet weights that a package brings
 
 _BOXES = dict(_SEQUENCE, head='cells', slice_loss=1., cell_loss=.25)
-_BEST = dict(_BOXES, group=3, along='vertebrae', layers=2, patient='head', dropout=.2, frozen=3)
+_BEST = dict(_BOXES, group=3, along='vertebrae', sampled=5, layers=2, patient='head', dropout=.2, frozen=3)
 _PAPER = dict(_CRACK, encoder='resnet101', decoder_channels=(256,128,64,32,16), hidden=256, patient='noisy_or', mask_loss=1.),dict(_LITE, decoder_channels=(64,48,32,24,16))
 
 CLASSIFICATION = dict(

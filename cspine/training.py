@@ -23,7 +23,7 @@ from .encoders import load_encoder_weights
 from .rivals import with_model
 from .cropping import boxes_from_labels,crop_planes
 from .crops import CROP_FIELDS,Crops,_room,_source,crop_data_set,crop_key
-from .classification import ClassificationFigures,CrackNetBiLSTM,CropDataset,FractureLoss,evidence_hits,fit_calibration,predict_probabilities,with_prior
+from .classification import ClassificationFigures,CrackNetBiLSTM,CropDataset,FractureLoss,cross_calibrated,evidence_hits,fit_calibration,predict_probabilities,with_prior
 from .segmentation import (CubeDataset,FineDataset,SegmentationFigures,SliceDataset,VisibleFigures,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,find_device,predict_labels,segmentation_loss)
 
@@ -105,7 +105,10 @@ class _Loader:
         rng,weights = np.random.default_rng((self.seed, self.epoch)),getattr(self.ds, 'weights', None)   # a data set may say how often each item is drawn
         if not self.train: order = np.arange(len(self.ds))
         elif weights is None: order = rng.permutation(len(self.ds))
-        else: order = rng.choice(len(self.ds), len(self.ds), p=weights)
+        else:
+            order = rng.choice(len(self.ds), len(self.ds), p=weights)
+            again = pd.Series(order).groupby(order).cumcount()
+            order = np.fromiter(((i,n) if n else i for i,n in zip(order.tolist(), again)), object, len(order))
         self.ds.epoch = self.epoch
         batches = [order[i:i+self.batch].tolist() for i in range(0, len(order), self.batch)]
         if self.train:
@@ -533,7 +536,7 @@ def train_classification(
         source = _source(segmentation, detection)
         begun,known,by = source.preset,read_folds(Path(segmentation)/'folds.csv'),source.sha256
     elif detection is not None: raise CspineError(f'{crops} holds crops that are cut; leave out the detection run, or make others with `cspine crop --detection`')
-    else: (begun,known),by = _ready(store := Crops(crops), preset),{k:v for k,v in store.made.items() if k.endswith('sha256')}
+    else: (begun,known),by = _ready(store := Crops(crops), preset, model),{k:v for k,v in store.made.items() if k.endswith('sha256')}
     if epochs: preset = replace(preset, classification=replace(preset.classification, epochs=int(epochs)))
     if batch: preset = replace(preset, classification=replace(preset.classification, batch=int(batch)))
     if preset.boxes == 'yolo' and begun.boxes == 'mask': print(f"preset {preset.name} cuts by YOLO's boxes; without --detection, the label map's cut", file=sys.stderr)
@@ -557,23 +560,29 @@ def train_classification(
         torch.manual_seed(preset.seed+k)
         model = CrackNetBiLSTM(cls)
         if cls.pretrained:
-            going_on = resume and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt'))
-            said = load_encoder_weights(model.encoder, cls.encoder, weights, None if going_on else print)
-            if 'random weights' not in said: model.freeze()   # what starts at random has to learn
+            begun = out/f'fold{k}'/'encoder.json'
+            if resume and begun.exists() and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt')): frozen = json.loads(begun.read_text())['frozen']   # a checkpoint has the weights
+            else:
+                said = load_encoder_weights(model.encoder, cls.encoder, weights, print)
+                frozen = 'random weights' not in said   # what starts at random has to learn
+                if _rank() == 0:
+                    begun.parent.mkdir(exist_ok=True)
+                    _write_json(begun, dict(encoder=said, frozen=frozen))
+            if frozen: model.freeze()
         sets = [CropDataset(store, us, table.loc[us, list(TARGETS)].to_numpy(), cls, t, preset.seed+k)
                 for us,t in ((train,True),(valid,False))]
         log = fit(model, FractureLoss(cls.loss, cls.mask_loss, cls.slice_loss, cls.cell_loss), *sets, out/f'fold{k}', cls.epochs, cls.batch, cls.lr, cls.weight_decay, cls.ema,
                   preset.seed+k, ClassificationFigures(), inputs=2, resume=resume, device=device, precision=precision)
+        _write_oof(out, k, model, cls, fold_of, store, table)   # before the fold counts as trained: its weights are calibrated here
         _finish_fold(out, k, log, dict(train=len(train), valid=len(valid),
             positives={t:int(n) for t,n in table.loc[train, list(TARGETS)].sum().items()}))   # for the bundle's odds
-        _write_oof(out, k, model, cls, fold_of, store, table)
     return out
 
-def _ready(store, preset):
+def _ready(store, preset, model=None):
     "Preset and folds of a crop data set's stage 1; `CspineError` if its crops are not what the preset asks for"
     cls,had = preset.classification,store.preset.classification
     if other := [f'{f} {getattr(had, f)}, not {getattr(cls, f)}' for f in CROP_FIELDS if getattr(had, f) != getattr(cls, f)]:
-        raise CspineError(f'the crops in {store.folder} do not suit preset {preset.name} ({"; ".join(other)}): make others with `cspine crop --preset {preset.name}`')
+        raise CspineError(f'the crops in {store.folder} do not suit preset {preset.name} ({"; ".join(other)}): make others with `cspine crop --preset {preset.name.removesuffix(f"-{model}")}{f" --model {model}" if model else ""}`')
     if store.made.get('stage_1') == 'masks': print(f'{store.folder} was cut by masks: stage 2 does not see what stage 1 gets wrong', file=sys.stderr)
     elif store.made.get('stage_1') != 'run': print(f'{store.folder} was cut by a bundle, which may have been trained on these studies: figures on others may be worse', file=sys.stderr)
     known = store.fold_of
@@ -593,10 +602,11 @@ def _write_oof(out, k, model, cls, fold_of, store, table):
         seen[u] = present
         if u in store: met += [(u, k, LEVELS[level], int(hit), round(share, 4)) for level,hit,share in evidence_hits(heat, s)]
     p,there = np.array(list(raw.values())),np.array(list(seen.values()))
-    scale,shift = fit_calibration(table.loc[list(raw), list(TARGETS)].to_numpy(), p, there)
+    truth = table.loc[list(raw), list(TARGETS)].to_numpy()
+    scale,shift = fit_calibration(truth, p, there)
     model.scale.copy_(torch.from_numpy(scale)); model.shift.copy_(torch.from_numpy(shift))
     _save_weights(model, out/f'fold{k}')
-    p = with_prior(1/(1+(1/p-1)**scale*np.exp(-shift)), there)
+    p = with_prior(cross_calibrated(truth, p, there), there)   # not by its own truth, since it will be scored
     rows = {u:dict(fold=k, **dict(zip(TARGETS, row))) for u,row in zip(raw, p)}
     for name,new in (('oof', pd.DataFrame(rows).T.rename_axis('StudyInstanceUID').reset_index()), ('evidence', pd.DataFrame(met, columns=['StudyInstanceUID','fold','level','hit','share']))):
         if (path := out/f'{name}.csv').exists():

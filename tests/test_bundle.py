@@ -158,6 +158,21 @@ def test_figures_that_are_not_numbers_stay_valid_json(tmp_path):
     assert load_bundle(out).card['runs']['segmentation'][0]['figures'] == dict(dice=[None, .5])
 
 
+def test_a_bundle_lends_its_stage_1(tmp_path, written, capsys):
+    "Stage 2 trained on crops that a bundle cut, and that bundle"
+    models, old = make_run(tmp_path/'cls', 'classification'), load_bundle(written)
+    got = load_bundle(bundle([written, tmp_path/'cls'], tmp_path/'b'))
+    assert '2 models' in capsys.readouterr().out
+    for key, v in old.segmentation[0].state_dict().items(): assert torch.equal(got.segmentation[0].state_dict()[key], v)
+    for key, v in models[0].state_dict().items(): torch.testing.assert_close(got.classification[0].state_dict()[key], v, atol=2e-3, rtol=2e-3)
+    with pytest.raises(CspineError, match='needs a classification run too'): bundle([written], tmp_path/'c')
+    other = replace(small_preset(), segmentation=replace(small_preset().segmentation, widths=(4, 6)))
+    make_run(tmp_path/'other', 'classification', other)
+    with pytest.raises(CspineError, match='segmentation.widths is'): bundle([written, tmp_path/'other'], tmp_path/'c')
+    (written/'segmentation_fold0.safetensors').write_bytes(b'x')
+    with pytest.raises(CspineError): bundle([written, tmp_path/'cls'], tmp_path/'c')
+
+
 def test_a_bundle_is_replaced_and_anything_else_is_left_alone(tmp_path, written):
     before = (written/'segmentation_fold0.safetensors').read_bytes()
     random_bundle(written, seed=1)

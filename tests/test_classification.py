@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 import cspine.crops as crops_module
 import cspine.training as training
 from cspine.bundle import bundle, load_bundle
-from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, evidence_hits, predict_probabilities
+from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, cross_calibrated, evidence_hits, predict_probabilities, with_prior
 from cspine.cropping import crop_planes
 from cspine.cli import main
 from cspine.dicom import write_series
@@ -27,7 +27,7 @@ from cspine.segmentation import build_segmentation, low_preset
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
                 segmentation=replace(low_preset(TINY.segmentation), widths=(4, 8), patch=16, steps=60, epochs=3),
-                classification=replace(TINY.classification, head='pooled', cell_loss=0., frozen=0, ema=.9, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, every=15, size=32,
+                classification=replace(TINY.classification, head='pooled', sampled=0, cell_loss=0., frozen=0, ema=.9, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, every=15, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
 
@@ -173,6 +173,22 @@ def train(data, seg_run, out, **kw):
     return training.train_classification(data, replace(SMALL, folds=5), seg_run, out, workers=1, **kw)
 
 
+def check_oof(run, oof, k, store, truth, cls):
+    "Each answer is that of the model which has not seen the study, with the calibration that the other half of such studies teaches"
+    model = CrackNetBiLSTM(cls)
+    model.load_state_dict(load_file(run/f'fold{k}'/'model.safetensors'))
+    assert not (model.scale == 1).all()
+    model.scale.fill_(1)
+    model.shift.zero_()
+    uids = oof.index[oof.fold == k]
+    read = [store.read(u) if u in store.uids else None for u in uids]
+    there = np.array([np.zeros(7, bool) if s is None else s['present'] for s in read])
+    raw = np.array([PRIOR[list(TARGETS)] if s is None else predict_probabilities([model], cls, crop_planes(s['crops'], s['masks'], cls), s['present']) for s in read])
+    want = with_prior(cross_calibrated(truth.loc[uids, list(TARGETS)].to_numpy(), raw, there), there)
+    np.testing.assert_allclose(want, oof.loc[uids, list(TARGETS)].astype(float), atol=1e-5)
+    assert len(uids) > 1
+
+
 def test_a_run(data, seg_run, tmp_path, capsys):
     run = train(data, seg_run, tmp_path/'run', fold='all')
     said = capsys.readouterr().err
@@ -189,13 +205,7 @@ def test_a_run(data, seg_run, tmp_path, capsys):
     for uid in (BLANK, NOT_CT): np.testing.assert_allclose(oof.loc[uid, list(TARGETS)].astype(float), PRIOR[list(TARGETS)])
     # each answer is that of the model which has not seen the study
     store = crops_module.Crops(run/'crops'/crops_module.crop_key(SMALL.classification))
-    for uid in (UIDS[0], UIDS[1]):
-        k = oof.fold[uid]
-        model = CrackNetBiLSTM(SMALL.classification)
-        model.load_state_dict(load_file(run/f'fold{k}'/'model.safetensors'))
-        study = store.read(uid)
-        crops, present = study['crops'], study['present']
-        np.testing.assert_allclose(oof.loc[uid, list(TARGETS)].astype(float), predict_probabilities([model], SMALL.classification, crops, present), atol=1e-5)
+    for k in range(2): check_oof(run, oof, k, store, read_train(data/'train.csv'), SMALL.classification)
     # a second run of one fold finds the crops, keeps the other fold's answers
     before = {p: p.stat().st_mtime_ns for p in (run/'crops').rglob('*.safetensors')}
     assert len(before) == len(UIDS)-2
@@ -275,7 +285,7 @@ def test_rivals_train_by_name_on_the_same_crops(data, seg_run, tmp_path, model):
     assert cls == made.classification and (np.abs(p - oof.set_index('StudyInstanceUID').loc[uid, list(TARGETS)]) < .02).all()   # float16 weights
 
 
-CHANCE = replace(SMALL, folds=5, classification=replace(SMALL.classification, decoder_channels=(), mask_loss=0., head='cells', cell_loss=.25, loss='bce', balance=.7, mixup=.4))
+CHANCE = replace(SMALL, folds=5, classification=replace(SMALL.classification, decoder_channels=(), mask_loss=0., head='cells', size=64, sampled=1, cell_loss=.25, loss='bce', balance=.7, mixup=.4))
 
 
 @pytest.fixture(scope='module')
@@ -304,7 +314,9 @@ def test_boxes_teach_cells_and_evidence_is_counted(boxed, seg_run, tmp_path):
     study = store.read(uid)
     q, heat = predict_probabilities([model], CHANCE.classification, crop_planes(study['crops'], study['masks'], CHANCE.classification), study['present'], evidence=True)
     assert [(f'C{i+1}', int(h)) for i, h, _ in evidence_hits(heat, study)] == [(l, h) for u, l, h in zip(met.StudyInstanceUID, met.level, met.hit) if u == uid]
-    np.testing.assert_allclose(q, oof.loc[uid, list(TARGETS)].astype(float), atol=1e-5)
+    check_oof(run, oof, k, store, truth, CHANCE.classification)
+    assert not np.allclose(q, oof.loc[uid, list(TARGETS)].astype(float), atol=1e-3)   # of the model's own, fitted on this study as well
+    assert any((item[6] == 1).any() and (item[5] == 1).any() for item in (CropDataset(store, store.uids, truth.loc[store.uids, list(TARGETS)].to_numpy(), replace(CHANCE.classification, mixup=0.))[i] for i in range(len(store.uids))))
     row = evaluate_run(run, boxed, samples=50).set_index(['row', 'figure']).loc[('C1-C7', 'evidence')]
     assert row.value == pytest.approx(met.hit.mean()) and row.constant == pytest.approx(met.share.mean()) and row.of == len(broken) and row.low <= row.value <= row.high
     # an epoch draws as many studies as there are, of the fractured the share that was asked for
@@ -313,10 +325,56 @@ def test_boxes_teach_cells_and_evidence_is_counted(boxed, seg_run, tmp_path):
     class Spy(torch.utils.data.Dataset):
         weights = ds.weights
         def __len__(self): return len(ds)
-        def __getitem__(self, i): drawn.append(ds.labels[i, 7]); return torch.zeros(1)
+        def __getitem__(self, i): drawn.append(i); return torch.zeros(1)
     loader = training._Loader(Spy(), 1, True, 0, 60, torch.device('cpu'))
     for loader.epoch in range(60): list(loader)
-    assert len(drawn) == 60*len(ds) and abs(np.mean(drawn) - .7) < .07
+    broken = [ds.labels[i[0] if isinstance(i, tuple) else i, 7] for i in drawn]
+    assert len(drawn) == 60*len(ds) and abs(np.mean(broken) - .7) < .07
+    assert all(len(set(epoch)) == len(ds) for epoch in np.array([str(i) for i in drawn]).reshape(60, -1)) and any(isinstance(i, tuple) for i in drawn)   # the same study, another look
+
+
+def test_a_strongest_point_that_is_nowhere_has_missed():
+    "A blank map is a miss, a vertebra that was not cut is nobody's"
+    fractures = np.zeros((7, 6, 32, 32), bool)
+    fractures[1:4, 2:4, 8:16, 8:16] = True
+    heat = np.zeros((7, 3, 2, 2))
+    heat[1, 1, 0, 0], heat[3] = 1, np.nan
+    assert [(level, hit) for level, hit, _ in evidence_hits(heat, dict(fractures=fractures, masks=np.ones_like(fractures)))] == [(1, True), (2, False)]
+
+
+def test_the_patient_is_never_below_a_vertebra_that_is_there():
+    p = with_prior(np.array([[.1, .9, .1, .1, .1, .1, .1, .3], [.1]*7 + [np.nan], [.1]*7 + [.5]]), np.array([[True]*7, [True]*7, [True]*6 + [False]]), np.array([.2]*6 + [.7, .4]))
+    assert p[0, 7] == .9 and np.isnan(p[1, 7]) and p[2].tolist() == [.1]*6 + [.7, .5]   # an absent one's prior lifts nobody
+    assert with_prior(np.full(8, np.nan), np.zeros(7, bool))[7] == PRIOR['patient_overall']
+
+
+def test_a_run_cut_off_before_its_calibration_is_not_trained(data, seg_run, tmp_path, monkeypatch):
+    def stopped(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(training, '_write_oof', stopped)
+        with pytest.raises(KeyboardInterrupt): training.train_classification(data, SMALL, seg_run, tmp_path/'r', workers=1)
+    assert training.read_run(tmp_path/'r')['folds'] == []
+    training.train_classification(data, SMALL, seg_run, tmp_path/'r', workers=1, resume=True)
+    assert training.read_run(tmp_path/'r')['folds'] == [0] and (tmp_path/'r'/'oof.csv').exists()
+
+
+def test_what_was_frozen_stays_frozen_when_a_run_goes_on(data, seg_run, tmp_path, monkeypatch):
+    "Whatever encoder weights are named or gone by then: the checkpoint has them"
+    cls = replace(SMALL.classification, decoder_channels=(), mask_loss=0., frozen=2, epochs=2, pretrained=True)
+    torch.manual_seed(5)
+    weights = tmp_path/'w.safetensors'
+    save_file({k: v.contiguous() for k, v in CrackNetBiLSTM(cls).encoder.state_dict().items()}, weights)
+    for begun, on in ((weights, 'none'), ('none', weights)):
+        out = tmp_path/f'r{begun == weights}'
+        def stopped(*_): raise KeyboardInterrupt
+        with monkeypatch.context() as m:
+            m.setattr(training, '_write_oof', stopped)
+            with pytest.raises(KeyboardInterrupt): training.train_classification(data, replace(SMALL, classification=cls), seg_run, out, workers=1, weights=begun)
+        (out/'fold0'/'checkpoints'/'epoch_002.pt').unlink()
+        run = training.train_classification(data, replace(SMALL, classification=cls), seg_run, out, workers=1, weights=on, resume=True)
+        stem = next(k for k in load_file(run/'fold0'/'model.safetensors') if k == 'encoder.conv1.weight')
+        same = torch.equal(load_file(run/'fold0'/'model.safetensors')[stem], load_file(weights)['conv1.weight'])
+        assert same == (begun == weights)
 
 
 def test_frozen_stages_keep_their_weights_if_they_have_any(data, seg_run, tmp_path):
