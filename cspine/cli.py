@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
-           'Device', 'Model', 'Precision', 'Detection', 'Batch', 'phantom', 'inspect', 'train_segmentation',
+           'Device', 'Model', 'Precision', 'Detection', 'Batch', 'FEW', 'phantom', 'inspect', 'train_segmentation',
            'train_detection', 'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score',
            'evaluate', 'rivals', 'presets', 'main']
 
@@ -279,11 +279,14 @@ def evaluate(
     if 'figure' in table:
         from cspine.metrics import shown
         for run,part in table.groupby('run', sort=False):
-            print(f'{run}: value (95 % interval over studies) / best constant')
+            print(f'{run}: value (95 % interval over studies) / what the best constant gets, or, of evidence (the strongest point lies in the box of the fracture), chance')
+            if (n := part.of[part.row == 'patient_overall'].max()) < FEW: print(f'{n} studies: the intervals of so few are too narrow', file=sys.stderr)
             print(shown(part).to_string(na_rep=''))
         return table
     print(table.T.to_string(header=False, float_format='{:.4f}'.format, na_rep='-'))
     return table
+
+FEW = 30   # studies; of fewer, `evaluate` warns
 
 def _shown(table):
     print(table.to_string())

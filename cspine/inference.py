@@ -79,6 +79,7 @@ class Pipeline:
         heat,looked = np.full((7,1,1,1), np.nan),np.full((7,3), np.nan)
         p,notes = b.prior.to_numpy(float), list(volume.notes)
         if cervical:
+            if (px := max(volume.spacing[1:])) > COARSE: notes.append(f'pixels of {px:.2f} mm are too coarse to show a fracture: the answers mean little')
             if b.detection:
                 with _timed(sec, 'boxes'): boxes,source = predict_boxes(b.detection, b.preset.detection, volume, self.device, labels)
                 notes += mask_note(source)
@@ -94,7 +95,6 @@ class Pipeline:
                 p = np.where([*present,True], p*b.odds/(1-p+p*b.odds), p)   # at the competition's prevalence
                 p,said = _checked(with_prior(p, present, b.prior), present, b.prior)
             notes += said
-            if (px := max(volume.spacing[1:])) > COARSE: notes.append(f'pixels of {px:.2f} mm are too coarse to show a fracture: the answers mean little')
         else: notes.append(f'no cervical spine: {reason}; the prior stands in for every answer')
         p = pd.Series(np.clip(p, EPS, 1-EPS), index=list(TARGETS), name=volume.uid)
         return Prediction(volume.uid, p, labels, boxes, crops, present, bool(cervical), reason, b.prior, notes, sec, heat, looked, tuple(source))
