@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, evidence_hits, fit_calibration, predict_probabilities, with_prior
+from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, cross_calibrated, evidence_hits, predict_probabilities, with_prior
 from cspine.cropping import crop_planes
 from cspine.crops import Crops
 from cspine.encoders import load_encoder_weights
@@ -39,12 +39,14 @@ class Joined:
 
 class Passes(torch.utils.data.Dataset):
     "A data set gone through again and again, until there are n items"
-    weights = None
+    def __init__(self, ds, n):
+        self.ds, self.n, self.epoch = ds, n, 0
+        self.weights = None if ds.weights is None else np.resize(ds.weights, n) / np.resize(ds.weights, n).sum()
 
-    def __init__(self, ds, n): self.ds, self.n, self.epoch = ds, n, 0
     def __len__(self): return self.n
 
     def __getitem__(self, i):
+        if isinstance(i, tuple): return self.ds[i[0] % len(self.ds), i[0] // len(self.ds) + i[1] * (1 + self.n // len(self.ds))]
         self.ds.epoch = i // len(self.ds)
         return self.ds[i % len(self.ds)]
 
@@ -86,15 +88,6 @@ def answers(net, cls, store, uids, prior):
         there.append(s['present'])
         met += [(u, LEVELS[level], int(hit), share) for level, hit, share in evidence_hits(heat, s)]
     return np.array(p), np.array(there), pd.DataFrame(met, columns=['StudyInstanceUID', 'level', 'hit', 'share'])
-
-
-def calibrated(p, there, truth, prior):
-    "Each half with the calibration of the other"
-    out = p.copy()
-    for part in (0, 1):
-        scale, shift = fit_calibration(truth[1 - part::2], p[1 - part::2], there[1 - part::2])
-        out[part::2] = with_prior(1 / (1 + (1 / p[part::2] - 1)**scale * np.exp(-shift)), there[part::2], prior)
-    return out
 
 
 def main():
@@ -143,7 +136,7 @@ def main():
             took = (time.monotonic() - start) / 60
             p, there, met = answers(net, cls, held, asked, prior)
             met.to_csv(out / f'{label}.evidence.csv', index=False)
-            p = pd.DataFrame(calibrated(p, there, held_truth.to_numpy(), prior), index=held_truth.index, columns=list(TARGETS))
+            p = pd.DataFrame(with_prior(cross_calibrated(held_truth.to_numpy(), p, there), there, prior), index=held_truth.index, columns=list(TARGETS))
             p.assign(minutes=took, steps=steps, studies=len(uids)).to_csv(out / f'{label}.csv')
         asked_for[label] = show(out, label, held_truth, kinds)
     if len(asked_for) > 1:

@@ -275,14 +275,15 @@ def test_rivals_train_by_name_on_the_same_crops(data, seg_run, tmp_path, model):
     rival = CLASSIFICATION[model]
     assert made.name == f'tiny-{model}' and all(getattr(made.classification, f) == v for f, v in (rival.large | rival.small).items())
     assert made.classification.size == SMALL.classification.size   # the preset's crops
-    oof = pd.read_csv(run/'oof.csv')
-    assert len(oof) and np.isfinite(oof[list(TARGETS)].to_numpy()).all()
+    oof = pd.read_csv(run/'oof.csv').set_index('StudyInstanceUID')
     loaded = load_bundle(bundle([seg_run, run], tmp_path/'b'))
-    uid = next(u for u in oof.StudyInstanceUID if u in store)
-    s = store.read(uid)
     cls = loaded.preset.classification
-    p = predict_probabilities(loaded.classification, cls, crop_planes(s['crops'], s['masks'], cls), s['present'])
-    assert cls == made.classification and (np.abs(p - oof.set_index('StudyInstanceUID').loc[uid, list(TARGETS)]) < .02).all()   # float16 weights
+    check_oof(run, oof, 0, store, read_train(data/'train.csv'), cls)
+    own = CrackNetBiLSTM(cls)
+    own.load_state_dict(load_file(run/'fold0'/'model.safetensors'))
+    s = store.read(next(u for u in oof.index if u in store))
+    p, q = (predict_probabilities([m], cls, crop_planes(s['crops'], s['masks'], cls), s['present']) for m in (own, loaded.classification[0]))
+    assert cls == made.classification and (np.abs(p - q) < .02).all()   # float16 weights
 
 
 CHANCE = replace(SMALL, folds=5, classification=replace(SMALL.classification, decoder_channels=(), mask_loss=0., head='cells', size=64, sampled=1, cell_loss=.25, loss='bce', balance=.7, mixup=.4))
