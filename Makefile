@@ -87,7 +87,7 @@ $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
 DEMO := build/demo
 demo-bundle: $(VENV)/test.stamp $(VENV)/code.stamp
 	$(BIN)/cspine phantom $(DEMO)/masks --train 240 --test 40 --size 256 --seed $(DEMO_SEED)
-	$(BIN)/cspine phantom $(DEMO)/fractures --train 400 --test 0 --size 256 --seed 2000 --rate 2.5
+	$(BIN)/cspine phantom $(DEMO)/fractures --train 800 --test 0 --size 256 --seed 2000 --rate 2.5
 	$(BIN)/cspine train segmentation --data $(DEMO)/masks --preset tiny --fold 0 --resume --out $(DEMO)/segmentation
 	$(BIN)/cspine crop --data $(DEMO)/fractures --bundle $(DEMO)/segmentation --preset tiny --out $(DEMO)/crops
 	$(BIN)/cspine train classification --data $(DEMO)/fractures --crops $(DEMO)/crops --preset tiny --fold 0 --resume --out $(DEMO)/classification
