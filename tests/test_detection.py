@@ -172,7 +172,7 @@ def test_it_learns():
         opt.zero_grad(); losses[-1].backward(); opt.step()
     after = recall()
     assert losses[-1] < .5*max(losses) and before['recall'] == 0, (losses, before)
-    assert after['recall'] > .3 and after['precision'] > .7 and after['iou'] > .7, after   # half of the boxes are slivers of 3 px
+    assert after['recall'] > .35 and after['precision'] > .7 and after['iou'] > .7, after   # half of the boxes are slivers of 3 px
 
 
 def no_pickle(monkeypatch):
