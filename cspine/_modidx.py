@@ -171,6 +171,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cspine.cli._number': ('cli.html#_number', 'cspine/cli.py'),
                             'cspine.cli._page': ('cli.html#_page', 'cspine/cli.py'),
                             'cspine.cli._page_stamp': ('cli.html#_page_stamp', 'cspine/cli.py'),
+                            'cspine.cli._pictured': ('cli.html#_pictured', 'cspine/cli.py'),
                             'cspine.cli._sentence': ('cli.html#_sentence', 'cspine/cli.py'),
                             'cspine.cli._shown': ('cli.html#_shown', 'cspine/cli.py'),
                             'cspine.cli._version': ('cli.html#_version', 'cspine/cli.py'),

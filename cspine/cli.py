@@ -222,33 +222,40 @@ def _page(page, report, truth, bundle, device, pictures):
     from cspine.inference import Pipeline
     from cspine.presets import progress
     from cspine.report import Entry,entry,report_page
-    from cspine.presets import TARGETS
-    from cspine.rsna import _losses,find_studies,read_train,score
+    from cspine.rsna import find_studies,read_train,score
     from cspine_submission.runner import NO_SPINE,STOOD_IN
     answers = None if truth is None else read_train(truth)
     pipeline = Pipeline(default_bundle() if bundle is None else bundle, device=device)   # named: `submit` has said which
     folders,entries = find_studies(report['data'], 'test'),[]
-    readable = [uid for uid,study in report['study'].items() if study['status'] != STOOD_IN]
-    likely = sorted(readable, key=lambda uid: -report['study'][uid]['probabilities']['patient_overall'])
-    known = [] if answers is None else [uid for uid in readable if uid in answers.index]
-    if known:
-        weight,loss = _losses(answers.loc[known], pd.DataFrame([report['study'][uid]['probabilities'] for uid in known], known)[list(TARGETS)])
-        worst = [known[i] for i in (-(weight*loss).sum(1)).argsort()]
-    half = pictures - pictures//2 if known else pictures
-    pictured = list(dict.fromkeys([*likely[:half], *(worst if known else ()), *likely]))[:pictures]
+    pictured = _pictured({uid:study['probabilities'] for uid,study in report['study'].items() if study['status'] != STOOD_IN}, answers, pictures)
     for uid in progress(report['study'], 'page'):
         study = report['study'][uid]
-        truth_of = answers.loc[uid] if uid in known else None
+        known = answers.loc[uid] if answers is not None and uid in answers.index else None
         if uid in pictured:
             volume = read_series(folders[uid])
-            entries.append(entry(volume, pipeline.predict(volume), truth_of))
-        else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=truth_of, notes=_notes(study),
+            entries.append(entry(volume, pipeline.predict(volume), known))
+        else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=known, notes=_notes(study),
                                 cervical_spine=study['status'] != NO_SPINE))
     return report_page(entries, page, title='Submission', card=pipeline.bundle.card,
                        score=None if truth is None else score(truth, report['path']),
-                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured{" and those answered worst" if known else ""}.' if pictured else '')
+                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured{"" if answers is None else " and those answered worst"}.' if pictured else '')
 
-def _notes(study): return tuple(dict.fromkeys(filter(None, [*study['reason'].split('; '), *study['notes']])))   # the reason of a study that was read is its reader's notes
+def _pictured(probabilities, answers, pictures):
+    "Which studies get a picture: those most likely fractured; where the truth is known, half of them, and those answered worst"
+    import pandas as pd
+    from cspine.presets import TARGETS
+    from cspine.rsna import _losses
+    likely = sorted(probabilities, key=lambda uid: -probabilities[uid]['patient_overall'])
+    known = [] if answers is None else [uid for uid in likely if uid in answers.index]
+    if not known: return likely[:pictures]
+    weight,loss = _losses(answers.loc[known], pd.DataFrame([probabilities[uid] for uid in known], known)[list(TARGETS)])
+    worst = [known[i] for i in (-(weight*loss).sum(1)).argsort()]
+    return list(dict.fromkeys([*likely[:pictures - pictures//2], *worst, *likely]))[:pictures]
+
+def _notes(study):
+    "The reason, unless the notes say it, as those of a study that was read do"
+    told = ('; '.join(study['notes'][:k+1]) for k in range(len(study['notes'])))
+    return tuple(filter(None, [*(() if study['reason'] in told else (study['reason'],)), *study['notes']]))
 
 # %% ../nbs/40_cli.ipynb #857c2c24
 @app.command(epilog='Example: cspine score --truth data/test_truth.csv --submission submission.csv')

@@ -215,7 +215,7 @@ def test_a_run(data, seg_run, tmp_path, capsys):
     pd.testing.assert_frame_equal(again.sort_index(), oof.sort_index())
 
 
-def test_a_study_is_labelled_by_the_model_that_has_not_seen_it(data, seg_run, tmp_path, monkeypatch):
+def test_a_study_is_labelled_by_the_model_that_has_not_seen_it(data, seg_run, tmp_path, monkeypatch, capsys):
     used = {}
     nets = {k: load_file(seg_run/f'fold{k}'/'model.safetensors') for k in range(2)}
     def which(models, preset, volume, device='cpu'):
@@ -229,6 +229,13 @@ def test_a_study_is_labelled_by_the_model_that_has_not_seen_it(data, seg_run, tm
     assert set(store.uids) == set(UIDS) - {BLANK, NOT_CT} and set(store.left_out) == {BLANK, NOT_CT}
     pd.testing.assert_series_equal(store.fold_of.sort_index(), fold_of.sort_index(), check_names=False)
     assert (store.table.labelled_by == store.table.fold).all()
+    assert 'is not trained' not in capsys.readouterr().err
+    half = tmp_path/'half'   # of which one fold is trained only
+    shutil.copytree(seg_run, half)
+    shutil.rmtree(half/'fold1')
+    made = crops_module.crop_data_set(data, half, tmp_path/'others', workers=1).table
+    assert "stage 1's fold 1 is not trained: fold 0, which may have learned from their studies, labels them" in capsys.readouterr().err
+    assert (made.labelled_by.astype(int) == 0).all() and set(made.fold.astype(int)) == {0, 1}
 
 
 def test_a_ready_crop_data_set_trains_the_same(data, seg_run, tmp_path, monkeypatch):
@@ -251,13 +258,14 @@ def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, tmp_path, cap
     threshold = oof.patient_overall.sort_values().iloc[len(oof)//2]   # some above, some below
     with pytest.raises(SystemExit) as stop: main(['evaluate', str(run), '--data', str(data), '--out', str(tmp_path/'f.csv'), '--threshold', str(threshold)])
     assert not stop.value.code
-    said, table = capsys.readouterr().out, pd.read_csv(tmp_path/'f.csv').set_index(['row', 'figure'])
+    (said, err), table = capsys.readouterr(), pd.read_csv(tmp_path/'f.csv').set_index(['row', 'figure'])
     assert table.value['all', 'metric'] == pytest.approx(metric(truth.loc[oof.index], oof))
     called = oof.patient_overall >= threshold
     assert 0 < called.sum() < len(called)
     y = truth.loc[oof.index].patient_overall
     assert table.value['patient_overall', 'sensitivity'] == pytest.approx((called & (y == 1)).sum()/y.sum())
     assert table.value['patient_overall', 'specificity'] == pytest.approx((~called & (y == 0)).sum()/(y == 0).sum())
+    assert f'{len(oof)} studies: the intervals of so few' in err and 'evidence' in said
     assert f"{table.value['all', 'metric']:.3f}" in said and 'best constant' in said and 'C1-C7' in said
     with pytest.raises(CspineError, match='two stages one after the other'): evaluate([run, seg_run], data)
     other = tmp_path/'other'

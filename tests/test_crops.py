@@ -25,6 +25,7 @@ from cspine.inference import Pipeline
 from cspine.phantom import make_study, phantom
 from cspine.presets import LEVELS, CspineError, Preset, get_preset
 from cspine.report import contact_sheet
+from cspine.rivals import CLASSIFICATION
 from cspine.rsna import read_mask
 from cspine.training import train_classification
 
@@ -473,6 +474,16 @@ def test_every_field_that_decides_is_looked_at():
         got = crop_study(study.volume, study.labels, replace(base, **{field: value}))
         alike = got['crops'].shape == want['crops'].shape and np.array_equal(got['crops'], want['crops'])
         assert alike == (field not in CROP_FIELDS), field
+
+
+def test_a_rival_gets_crops_of_its_own(made, calls, tmp_path):
+    preset = replace(get_preset('tiny'), segmentation=small_preset().segmentation)
+    store = crop_data_set(made.data, made.bundle, tmp_path/'c', preset=preset, workers=1, model='resnet50_no_crop')
+    want = {**CLASSIFICATION['resnet50_no_crop'].large, **CLASSIFICATION['resnet50_no_crop'].small}
+    assert store.preset.classification.margin_mm == want['margin_mm'] != preset.classification.margin_mm
+    with pytest.raises(CspineError, match='cspine crop --preset tiny --model resnet50_no_crop'):
+        train_classification(made.data, preset, model='resnet50_no_crop', out=tmp_path/'r',
+                             crops=crop_data_set(made.data, made.bundle, tmp_path/'d', preset=preset, workers=1).folder)
 
 
 def test_batches(made, calls, tmp_path):

@@ -172,3 +172,19 @@ def test_odds_of_the_bundle_move_the_answer(tmp_path):
     odds = {n: p.probabilities / (1 - p.probabilities) for n, p in dict(plain=plain, moved=moved).items()}
     assert np.allclose((odds['moved'] / odds['plain']).drop('C7'), .25)
     assert np.isclose(moved.probabilities['C7'], plain.probabilities['C7'])     # the prior stays the prior
+
+
+def test_pixels_too_coarse_are_told(pipeline, study):
+    def notes(mm):
+        affine = study.volume.affine.copy()
+        affine[:3, 1:3] *= mm/np.linalg.norm(affine[:3, 1])
+        v = Volume(study.volume.hu, affine, 'x', [])
+        assert max(v.spacing[1:]) == pytest.approx(mm)
+        return [n for n in pipeline.predict(v, study.labels).notes if 'too coarse' in n]
+    assert len(notes(2.)) == 1 and '2.00 mm' in notes(2.)[0] and not notes(1.2)
+
+
+def test_the_prevalence_does_not_put_the_patient_below_a_vertebra(bundle, study):
+    few = Pipeline(replace(bundle, odds=bundle.odds.where(bundle.odds.index != 'patient_overall', 1e-3)), device='cpu')
+    p = few.predict(study.volume, study.labels).probabilities
+    assert p['patient_overall'] == pytest.approx(p.iloc[:7].max()) and p['patient_overall'] > .01
