@@ -167,7 +167,7 @@ def test_it_learns():
         return figures.figures()
     before, loss = recall(), DetectionLoss(net)
     opt, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
-    for _ in range(50):
+    for _ in range(65):
         losses.append(loss(net(x), true))
         opt.zero_grad(); losses[-1].backward(); opt.step()
     after = recall()
