@@ -569,6 +569,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cspine.rsna.split_80_20': ('rsna.html#split_80_20', 'cspine/rsna.py'),
                              'cspine.rsna.test_rows': ('rsna.html#test_rows', 'cspine/rsna.py'),
                              'cspine.rsna.validate_uid': ('rsna.html#validate_uid', 'cspine/rsna.py'),
+                             'cspine.rsna.versus_constant': ('rsna.html#versus_constant', 'cspine/rsna.py'),
                              'cspine.rsna.write_folds': ('rsna.html#write_folds', 'cspine/rsna.py'),
                              'cspine.rsna.write_mask': ('rsna.html#write_mask', 'cspine/rsna.py'),
                              'cspine.rsna.write_submission': ('rsna.html#write_submission', 'cspine/rsna.py'),

@@ -189,7 +189,7 @@ def submit(
     pictures: Annotated[int, Option(min=0, metavar='N', help='Studies on the page that get a picture, the likeliest fractures.')] = 4,
 ) -> dict:
     "Predict every study of a folder and write the submission."
-    from cspine.rsna import read_train,score,test_rows,write_whole
+    from cspine.rsna import read_train,score,test_rows,versus_constant,write_whole
     from cspine_submission import submit
     if truth is not None:   # what is wrong with it is said now, not when all is predicted
         odd = set(read_train(truth).index) ^ set(test_rows(data)['StudyInstanceUID'])
@@ -198,7 +198,7 @@ def submit(
     print(f"submission: {report['path']}")
     if truth is not None:
         s = score(truth, report['path'])
-        print(f"score: {s['score']:.4f} (best constant {s['best_constant']:.4f})")
+        print(f"score: {s['score']:.4f} (best constant {s['best_constant']:.4f}); {versus_constant(s)}")
     if page is not None:
         note,stamp = Path(f"{report['path']}.parts")/'page.json',_page_stamp(page, report, truth, pictures)
         if stamp is not None and note.exists() and note.read_text() == stamp: print(f'page: {page}, reused as it is')
@@ -264,10 +264,10 @@ def score(
     submission: Annotated[Path, Option(metavar='CSV', help='CSV with row_id and fractured.', show_default=False)],
 ) -> dict:
     "Score a submission with the competition's metric, beside the best constant."
-    from cspine.rsna import score
+    from cspine.rsna import score,versus_constant
     s = score(truth, submission)
     print(s['table'].to_string(float_format='{:.4f}'.format, na_rep='-'))
-    print(f"score          {s['score']:.4f}\nbest constant  {s['best_constant']:.4f}\n0.5 everywhere {s['half']:.4f}")
+    print(f"score          {s['score']:.4f}\nbest constant  {s['best_constant']:.4f}\n0.5 everywhere {s['half']:.4f}\n{versus_constant(s)}")
     return s
 
 @app.command(epilog='Example: cspine evaluate runs/seg --data data')

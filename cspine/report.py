@@ -21,7 +21,7 @@ from .bundle import DISCLAIMER
 from .classification import strongest
 from .dicom import Volume,read_series,study_files
 from .presets import LEVELS,TARGETS,CspineError
-from .rsna import write_whole
+from .rsna import versus_constant,write_whole
 from .windowing import WINDOWS,window
 
 # %% ../nbs/30_report.ipynb #7b24dfd2
@@ -194,11 +194,12 @@ ul { margin:8px 0 0; padding-left:20px } dl { display:grid; grid-template-column
 <p class="warn">{{ disclaimer }}</p>
 {% if score %}<h2>Score</h2>
 <div class="tiles">
-<div class="tile {{ 'good' if score.score < score.best_constant else 'bad' }}"><b>{{ '%.4f'|format(score.score) }}</b>this submission</div>
+<div class="tile {{ 'good' if score.better_low > 0 else 'bad' if score.better_high < 0 else '' }}"><b>{{ '%.4f'|format(score.score) }}</b>this submission</div>
 <div class="tile"><b>{{ '%.4f'|format(score.best_constant) }}</b>best constant</div>
 <div class="tile"><b>{{ '%.4f'|format(score.half) }}</b>0.5 everywhere</div>
 <div class="tile"><b>{{ '%.2f'|format(score.score/score.best_constant) }}</b>of the best constant</div>
 </div>
+<p>{{ versus }}.</p>
 <p class="small">The competition's weighted log loss, mean over the studies; lower is better. The best constant knows how often
 each row is fractured here and looks at no picture: a model that does not beat it has seen nothing.</p>
 {% if per_target %}<div class="scroll"><table><tr>{% for h in per_target.columns %}<th>{{ h }}</th>{% endfor %}</tr>
@@ -259,7 +260,7 @@ def report_page(
     env.filters['b64'] = lambda b: base64.b64encode(b).decode()
     entries = list(entries)
     html = env.from_string(_PAGE).render(title=title, lead=lead, made=datetime.now().strftime('%d %B %Y, %H:%M'), disclaimer=DISCLAIMER,
-        entries=entries, targets=TARGETS, score=score, per_target=_per_target((score or {}).get('table')), card=_flat(card),
+        entries=entries, targets=TARGETS, score=score, versus=score and versus_constant(score), per_target=_per_target((score or {}).get('table')), card=_flat(card),
         numbers={e.uid:i for i,e in enumerate(entries, 1)}, pictured=any(e.png or e.notes for e in entries),
         any_truth=any(e.truth is not None for e in entries), any_without=any(not e.cervical_spine for e in entries))
     return write_whole(out, html)
@@ -291,6 +292,7 @@ def contact_sheet(
         at = np.linspace(0, n-1, slices+2).round().astype(int)[1:-1]
         axes = block.subplots(slices, 7, squeeze=False, gridspec_kw=dict(left=.005, right=.995, top=1-.2/(slices+.3), bottom=.1/(slices+.3), wspace=.04, hspace=.04))
         block.text(.005, .005, uid, fontsize=6)
+        block.text(.995, .005, "orange: the vertebra; red name: fractured; red frame: a fracture's box crosses the slice", fontsize=6, ha='right')
         for level,(name,column) in enumerate(zip(LEVELS, axes.T)):
             said = f'no {name}' if not s['present'][level] else f'{name} (cut)' if s['cut'][level] else name
             column[0].set_title(said, fontsize=9, pad=3, color='red' if name in table.fractured[uid].split() else 'black')

@@ -6,7 +6,7 @@
 __all__ = ['UID', 'KIND', 'ROW', 'VALUE', 'PREVALENCE', 'PRIOR', 'TableError', 'MaskError', 'validate_uid', 'read_table',
            'read_train', 'read_test', 'read_boxes', 'read_submission', 'find_studies', 'test_rows', 'write_whole',
            'write_submission', 'read_mask', 'write_mask', 'folds', 'split_80_20', 'write_folds', 'read_folds', 'metric',
-           'best_constant', 'score']
+           'best_constant', 'score', 'versus_constant']
 
 # %% ../nbs/03_rsna.ipynb #72a6a780
 import csv,hashlib,io,math,os,re,sys,tempfile
@@ -415,7 +415,7 @@ PRIOR = 2*PREVALENCE/(1+PREVALENCE)   # the answer for a study of the competitio
 def score(
     truth,          # CSV like train.csv
     submission,     # CSV: row_id, fractured
-)->dict:            # score, best_constant, half (floats), table (DataFrame per target: prevalence, auroc, logloss, ...)
+)->dict:            # score, best_constant, half, better (best_constant less score), better_low, better_high (its 95% interval over studies; nan of one), table (DataFrame per target: prevalence, auroc, logloss, ...)
     "Score a submission against the truth, beside what the best constant and a constant 0.5 get"
     y,df = read_train(truth),read_submission(submission)
     wanted,answered = {f'{u}_{t}':(u,t) for u in y.index for t in TARGETS},set(df[ROW])
@@ -433,7 +433,23 @@ def score(
     table = pd.DataFrame(dict(studies=len(y), prevalence=y.mean(), best_constant=const, mean_prediction=p.mean(),
         loss=per_target(p), loss_best_constant=per_target(constant(const)), auroc=[_auroc(y[t], p[t]) for t in TARGETS]),
         index=pd.Index(TARGETS, name=KIND))
-    return dict(score=metric(y, p), best_constant=metric(y, constant(const)), half=metric(y, constant(.5)), table=table)
+    def per_exam(p):
+        w,loss = _losses(y, p)
+        return (w*loss).sum(1)/w.sum(1)
+    better,n = per_exam(constant(const)) - per_exam(p),len(y)
+    low,high = np.percentile(better[np.random.default_rng(0).integers(0, n, (1000,n))].mean(1), (2.5,97.5)) if n > 1 else (np.nan,np.nan)
+    return dict(score=metric(y, p), best_constant=metric(y, constant(const)), half=metric(y, constant(.5)),
+                better=float(better.mean()), better_low=float(low), better_high=float(high), table=table)
+
+def versus_constant(
+    score:dict,   # what `score` returned
+)->str:
+    "A sentence on how far a score is from the best constant's, and whether that may be chance"
+    n,by = score['table'].studies.iloc[0],'better' if score['better'] > 0 else 'worse'
+    if n == 1: return f"{abs(score['better']):.4f} {by} than the best constant, by one study"
+    low,high = score['better_low'],score['better_high']
+    return (f"{abs(score['better']):.4f} {by} than the best constant{', which may be chance' if low <= 0 <= high else ''} "
+            f"(95% interval over {n} studies: {low:+.4f} to {high:+.4f})")
 
 def _auroc(y, p):
     "Chance that a positive is ranked above a negative (Mann-Whitney); nan if all are alike"

@@ -201,6 +201,7 @@ def test_submit_and_score(data, bundle, tmp_path):
     done = cspine('score', '--truth', truth, '--submission', csv)
     score, constant = (float(re.search(rf'^{what}\s+([\d.]+)$', done.stdout, re.M)[1]) for what in ('score', 'best constant'))
     html = page.read_text(encoding='utf-8')
+    assert re.search(r'^0\.\d{4} (better|worse) than the best constant', done.stdout, re.M)
     assert html.count('data:image/png') == 1 and f'{score:.4f}' in html and f'{constant:.4f}' in html
     assert all(uid in html for uid in asked.StudyInstanceUID)
     assert 'Pictured: 1 of 2 studies' in html

@@ -157,6 +157,11 @@ def test_scores_stand_beside_the_best_constant(tmp_path, prediction):
     entries = [Entry(u, prediction.probabilities, truth=truth.loc[u]) for u in uids]
     page = read(report_page(entries, tmp_path/'p.html', score=s))
     for k in ('score', 'best_constant', 'half'): assert f'{s[k]:.4f}' in page.text
+    assert 'worse than the best constant' in page.text
+    for low, high, tone, chance in ((.01, .03, 'tile good', 0), (-.01, .03, 'tile ', 1), (-.03, -.01, 'tile bad', 0)):
+        page = read(report_page(entries, tmp_path/'p.html', score=dict(s, better_low=low, better_high=high)))
+        assert [a['class'] for a in page.all('div') if a.get('class', '').startswith('tile ')] == [tone]
+        assert ('may be chance' in page.text) == chance
     assert 'loss best constant' in page.text and 'nan' not in page.text
     assert len([c for c in page.all('td') if c.get('class') == 'true']) == 4
 

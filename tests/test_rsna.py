@@ -14,7 +14,7 @@ import pytest
 from cspine.dicom import Volume, read_series, write_series
 from cspine.presets import LEVELS, TARGETS, CspineError
 from cspine.rsna import (MaskError, TableError, best_constant, find_studies, folds, metric, read_boxes, read_folds, read_mask,
-                         read_submission, read_test, read_train, score, split_80_20, test_rows, validate_uid, write_folds,
+                         read_submission, read_test, read_train, score, split_80_20, test_rows, validate_uid, versus_constant, write_folds,
                          write_mask, write_submission, write_whole)
 from scipy.optimize import minimize_scalar
 from scipy.spatial.transform import Rotation
@@ -552,9 +552,23 @@ def test_score_of_a_phantoms_tables(tmp_path):
         total += sum(w[t] * loss[t] for t in TARGETS) / sum(w.values())
     assert s["score"] == pytest.approx(total / len(y), abs=1e-7)
     assert s["half"] == pytest.approx(np.log(2)) and s["score"] < s["best_constant"] < s["half"]
+    assert s["better"] == pytest.approx(s["best_constant"] - s["score"]) and 0 < s["better_low"] < s["better"] < s["better_high"]
     assert s["table"].index.tolist() == list(TARGETS) and (s["table"]["auroc"].dropna() == 1).all()
     assert best_constant(y)["C2"] == pytest.approx(2 * y["C2"].mean() / (1 + y["C2"].mean()))
     assert metric(y, y * 0.0) > 5  # certain and wrong costs a lot, but a number
+
+
+def test_the_interval_over_studies_narrows_with_their_number_and_needs_two(tmp_path):
+    def width(n):
+        y = labels_table(n)
+        y.to_csv(tmp_path / "truth.csv")
+        rng = np.random.default_rng(1)
+        rows = [(f"{u}_{t}", rng.uniform(0.05, 0.3)) for u in y.index for t in TARGETS]
+        s = score(tmp_path / "truth.csv", write_submission(pd.DataFrame(rows, columns=["row_id", "fractured"]), tmp_path / "s.csv"))
+        return s["better_high"] - s["better_low"], versus_constant(s)
+    assert 3 < width(40)[0] / width(1000)[0] < 8     # the root of 25
+    assert "over 40 studies" in width(40)[1]
+    assert np.isnan(width(1)[0]) and width(1)[1].endswith("by one study")
 
 
 def test_the_metric_is_sklearns_log_loss_with_weights():
