@@ -314,7 +314,7 @@ class CropDataset(torch.utils.data.Dataset):
         above = item['masks'].mean(1, dtype=np.float32).round().astype(np.uint8)
         look = present
         if self.sampled:
-            look = _sample(item['broken'], item['labels'], self.sampled, rng) & item['present'][:,None]
+            look = _sample(item['broken'], self.sampled, rng) & item['present'][:,None]
             item['broken'] = np.where(look, item['broken'], np.float32(np.nan))
             if item['cells'].size: item['cells'] = np.where(look[...,None,None], item['cells'], np.float32(np.nan))
             look = torch.from_numpy(look)
@@ -352,14 +352,12 @@ def _cell_labels(where, broken, side=16):
     out[np.isnan(broken) | ((broken > 0) & ~(out == 1).any((2,3)))] = np.nan
     return out
 
-def _sample(broken, labels, n, rng):
-    "Which groups (7, groups) of slices to look at: n of each vertebra, up to half of them broken, the rest by chance; all where it is not known which are"
-    out = np.ones(broken.shape, bool)
+def _sample(broken, n, rng):
+    "Which groups (7, groups) of slices to look at: n of each vertebra, lest their number say which are broken; up to half of them of those known to be broken, the rest by chance"
+    out = np.zeros(broken.shape, bool)
     for level,b in enumerate(broken):
-        if np.isnan(b).any() or (labels[level] > 0 and not b.any()): continue
         order = rng.permutation(len(b))
         first = order[b[order] > 0][:(n+1)//2]
-        out[level] = False
         out[level,[*first, *order[~np.isin(order, first)][:n-len(first)]]] = True
     return out
 
@@ -499,7 +497,6 @@ def evidence_hits(
     return out
 
 # %% ../nbs/13_classification.ipynb #5bb806bf
-@torch.no_grad()
 def predict_probabilities(
     models:list,                  # of `CrackNetBiLSTM`, one per fold
     preset:ClassificationPreset,  # the one that they were trained with
@@ -510,6 +507,13 @@ def predict_probabilities(
     evidence:bool=False,          # give back where the models looked, too
 ):                                # (8,) float64 in the order of `TARGETS`; with evidence, and (7, groups, h, w) in [0, 1], the folds' mean, nan where absent
     "The folds' mean probability for each target; the prior for a vertebra that is absent"
+    p,heat = _answers(models, preset, crops, present, device, evidence)
+    p = with_prior(p, np.asarray(present, bool), prior)
+    return (p,heat) if evidence else p
+
+@torch.no_grad()
+def _answers(models, preset, crops, present, device='cpu', evidence=False):
+    "What `predict_probabilities` gives, as the models say it: no prior, the patient not lifted to the likeliest vertebra"
     want = (7, preset.planes, preset.size, preset.size)
     if tuple(crops.shape) != want: raise CspineError(f'crops should be {want} for this preset, got {tuple(crops.shape)}')
     if not models: raise CspineError('there is no stage-2 model to predict with')
@@ -520,5 +524,4 @@ def predict_probabilities(
         answers = [_looked(m.to(device).eval(), x, there) if evidence else (m.to(device).eval()(x, there).logits[0],None) for m in models]
         p = np.mean([a.double().sigmoid().cpu().numpy() for a,_ in answers], axis=0)
         if evidence: heat = np.mean([h.cpu().numpy() for _,h in answers], axis=0)
-    p = with_prior(p, present, prior)
-    return (p,heat) if evidence else p
+    return p,heat

@@ -238,7 +238,7 @@ def _page(page, report, truth, bundle, device, pictures):
                                 cervical_spine=study['status'] != NO_SPINE))
     return report_page(entries, page, title='Submission', card=pipeline.bundle.card,
                        score=None if truth is None else score(truth, report['path']),
-                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured{"" if answers is None else " and those answered worst"}.' if pictured else '')
+                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured{"" if answers is None or pictures < 2 else " and those answered worst"}.' if pictured else '')
 
 def _pictured(probabilities, answers, pictures):
     "Which studies get a picture: those most likely fractured; where the truth is known, half of them, and those answered worst"

@@ -9,18 +9,26 @@ __all__ = ['PACKAGES', 'input_stats', 'load_encoder_weights']
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from .presets import CspineError
 
 # %% ../nbs/06_encoders.ipynb #8209d031
+def _arch(name):
+    "timm's name for an smp encoder"
+    if name.startswith('efficientnet-b'): return 'tf_efficientnet_' + name[-2:]   # same tensors, in the same order
+    return name.removeprefix('tu-')
+
 def input_stats(
     name:str,   # smp's name of the encoder
 ) -> tuple:     # (mean, std) of a gray pixel in [0, 1]
-    "Mean and standard deviation that pixels in [0, 1] are normalized with, as the encoder's ImageNet training did"
-    # (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225), torchvision's constants, averaged over RGB
-    return (0.5, 0.5) if 'lite' in name else (0.449, 0.226)
+    "Mean and standard deviation that pixels in [0, 1] are normalized with, as the encoder's ImageNet training did; timm knows them"
+    from timm import get_pretrained_cfg
+    c = get_pretrained_cfg(_arch(name))
+    # what timm does not know gets torchvision's constants
+    return tuple(round(float(np.mean(v)), 3) for v in ((c.mean,c.std) if c else ((.485,.456,.406),(.229,.224,.225))))
 
 # %% ../nbs/06_encoders.ipynb #801482b7
 def _stem(
@@ -30,6 +38,14 @@ def _stem(
     "Kernels of a first convolution repeated over `channels`, scaled to keep the size of the activations"
     c = w.shape[1]
     return w[:, torch.arange(channels) % c] * (c/channels)
+
+def _positions(w, n):
+    "A vision transformer's position embedding (1, m, c) for another number of tokens, n: resampled as a square, the class token apart"
+    from timm.layers import resample_abs_pos_embed
+    for first in (1, 0):
+        old,new = (round((k-first)**.5) for k in (w.shape[1], n))
+        if (old**2,new**2) == (w.shape[1]-first,n-first): return resample_abs_pos_embed(w, [new,new], [old,old], num_prefix_tokens=first)
+    return w
 
 def _by_name(own, sd):
     "The tensors of `sd` under the names of `own`, or None"
@@ -55,10 +71,12 @@ def _match(own, sd, what, ordered=True):
         if len(sd) < len(own):
             raise CspineError(f'{what} does not fit the encoder: {len(sd)} tensors there and {len(own)} here; these are weights of another encoder')
         got = dict(zip(own, sd.values()))
-    for i,(k,v) in enumerate(own.items()):
+    stem = next((k for k,v in own.items() if v.ndim == 4), None)   # a transformer has its class token and places before it
+    for k,v in own.items():
         w = got[k]
         if w is None: got[k] = v; continue   # num_batches_tracked: old files lack it, inference does not read it
-        if i == 0 and w.ndim == 4 and w.shape[1] != v.shape[1]: w = got[k] = _stem(w, v.shape[1])
+        if k == stem and w.ndim == 4 and w.shape[1] != v.shape[1]: w = got[k] = _stem(w, v.shape[1])
+        if k.endswith('pos_embed') and w.ndim == 3 and w.shape[::2] == v.shape[::2] and w.shape != v.shape: w = got[k] = _positions(w, v.shape[1])
         if w.shape != v.shape:
             raise CspineError(f'{what} does not fit the encoder: {k} has shape {tuple(w.shape)} there and {tuple(v.shape)} here; '
                               'these are weights of another encoder')
@@ -95,11 +113,6 @@ def _read(path):
     sd = {k:v for k,v in sd.items() if isinstance(v, torch.Tensor)} if isinstance(sd, dict) else {}
     if not sd: raise CspineError(f'{path} holds no state dict (names and tensors)')
     return sd, path
-
-def _arch(name):
-    "timm's name for an smp encoder"
-    if name.startswith('efficientnet-b'): return 'tf_efficientnet_' + name[-2:]   # same tensors, in the same order
-    return name.removeprefix('tu-')
 
 def load_encoder_weights(
     encoder:nn.Module,  # smp encoder, e.g. `smp.Unet(...).encoder`; changed in place

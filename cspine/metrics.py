@@ -19,7 +19,7 @@ def calibration_error(
     bins:int=10,     # of about equal size, from the lowest said to the highest
 ) -> float:
     "Mean distance of what was said and what was so (expected calibration error; Naeini and others, AAAI 2015)"
-    edges = np.unique(np.quantile(q, np.linspace(0, 1, bins+1)))[1:-1]
+    edges = np.unique(np.quantile(q, np.linspace(0, 1, bins+1)[1:-1]))
     at = np.searchsorted(edges, q, side='right')   # equal ones stay together
     return float(sum(abs((y[at == b]-q[at == b]).sum()) for b in np.unique(at))/len(y))
 

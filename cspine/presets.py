@@ -115,7 +115,7 @@ class ClassificationPreset:
     along:str               # what the LSTM runs along: the 'vertebrae', the 'slices' of each vertebra alone, or those of all, the 'neck'
     mask_channel:bool       # each group of slices has the vertebra's mask as one more channel
     head:str                # what is read of a group: 'pooled' maps, or 'cells', a logit for each cell of 16 x 16 px, of which the likeliest count
-    sampled:int             # groups of a vertebra that a training step looks at, up to half of them from its box; 0, or where no box says: all
+    sampled:int             # groups of a vertebra that a training step looks at, up to half of them from its box if it has one; 0: all
     slice_loss:float        # weight of the loss per group of slices, taught by train_bounding_boxes.csv; 0: none
     cell_loss:float         # the same of the cells; 0: none
     classes:int             # channels of the map: C1-C7

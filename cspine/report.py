@@ -194,7 +194,7 @@ ul { margin:8px 0 0; padding-left:20px } dl { display:grid; grid-template-column
 <p class="warn">{{ disclaimer }}</p>
 {% if score %}<h2>Score</h2>
 <div class="tiles">
-<div class="tile {{ 'good' if score.better_low > 0 else 'bad' if score.better_high < 0 else '' }}"><b>{{ '%.4f'|format(score.score) }}</b>this submission</div>
+<div class="tile {{ 'good' if score.better_low > 0 else 'bad' if score.score > score.half else '' }}"><b>{{ '%.4f'|format(score.score) }}</b>this submission</div>
 <div class="tile"><b>{{ '%.4f'|format(score.best_constant) }}</b>best constant</div>
 <div class="tile"><b>{{ '%.4f'|format(score.half) }}</b>0.5 everywhere</div>
 <div class="tile"><b>{{ '%.2f'|format(score.score/score.best_constant) }}</b>of the best constant</div>
@@ -210,7 +210,7 @@ each row is fractured here and looks at no picture: a model that does not beat i
 {% for e in entries %}<tr><td title="{{ e.uid }}">{% if e.png %}<a href="#study{{ loop.index }}">{{ e.uid }}</a>{% else %}{{ e.uid }}{% endif %}{{ '' if e.cervical_spine else ' *' }}</td>
 {% for t in targets %}{% set p = e.probabilities[t]|float %}<td{% if e.truth is not none and e.truth[t] > 0.5 %} class="true" title="fractured"{% endif %} style="background:rgba(240,110,60,{{ '%.2f'|format(p*0.75) }})">{{ '%.2f'|format(p) }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
-{% if any_truth or any_without %}<p class="small">{% if any_truth %}A red frame: fractured, by the truth. {% endif %}{% if any_without %}* no cervical spine in the scan: the prior stands in.{% endif %}</p>{% endif %}
+<p class="small">The metric counts a fracture twice, so the answer that it rewards for a chance of one in three is 0.50. {% if any_truth %}A red frame: fractured, by the truth. {% endif %}{% if any_without %}* no cervical spine in the scan: the prior stands in.{% endif %}</p>
 
 {% if pictured %}<h2>Studies</h2>
 <p class="small">{{ lead }} Each picture: the label map over the middle of the spine, a crop per vertebra, and the answers. A crop is shown at the slice where the

@@ -444,12 +444,10 @@ def score(
 def versus_constant(
     score:dict,   # what `score` returned
 )->str:
-    "A sentence on how far a score is from the best constant's, and whether that may be chance"
-    n,by = score['table'].studies.iloc[0],'better' if score['better'] > 0 else 'worse'
-    if n == 1: return f"{abs(score['better']):.4f} {by} than the best constant, by one study"
-    low,high = score['better_low'],score['better_high']
-    return (f"{abs(score['better']):.4f} {by} than the best constant{', which may be chance' if low <= 0 <= high else ''} "
-            f"(95% interval over {n} studies: {low:+.4f} to {high:+.4f})")
+    "A sentence on how far a score is from the best constant's, and whether being better may be chance; that constant knows this truth, so being worse by a little says nothing"
+    n,better,low,high = score['table'].studies.iloc[0],*(score[k] for k in ('better','better_low','better_high'))
+    if better <= 0 or n == 1: return f'{-better:.4f} worse than the best constant, which was fitted to these very answers'
+    return f"{better:.4f} better than the best constant{', which may be chance' if low <= 0 else ''} (95% interval over {n} studies: {low:+.4f} to {high:+.4f})"
 
 def _auroc(y, p):
     "Chance that a positive is ranked above a negative (Mann-Whitney); nan if all are alike"

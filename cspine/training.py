@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'EVERY', 'fit', 'read_run', 'train_segmentation', 'train_classification', 'train_detection']
 
 # %% ../nbs/20_training.ipynb #8a4fc4b7
-import contextlib,hashlib,inspect,io,json,operator,os,platform,sys,time,warnings
+import contextlib,hashlib,inspect,io,json,operator,os,pickle,platform,re,sys,time,warnings
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial,reduce,wraps
@@ -23,7 +23,7 @@ from .encoders import load_encoder_weights
 from .rivals import with_model
 from .cropping import boxes_from_labels,crop_planes
 from .crops import CROP_FIELDS,Crops,_room,_source,crop_data_set,crop_key
-from .classification import ClassificationFigures,CrackNetBiLSTM,CropDataset,FractureLoss,cross_calibrated,evidence_hits,fit_calibration,predict_probabilities,with_prior
+from .classification import ClassificationFigures,CrackNetBiLSTM,CropDataset,FractureLoss,cross_calibrated,_answers,evidence_hits,fit_calibration,with_prior
 from .segmentation import (CubeDataset,FineDataset,SegmentationFigures,SliceDataset,VisibleFigures,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,find_device,predict_labels,segmentation_loss)
 
@@ -237,7 +237,7 @@ def _callback(fold, model, epochs, ema_decay, clip, figures, device, dtype, stat
             folder = fold/'checkpoints'
             _save(folder/name, dict(epoch=epoch, epochs=epochs, step=self.t, rows=self.rows, begun=begun,
                 model=model.state_dict(), ema=self.ema, opt=self.opt.opt.state_dict(), scaler=self.scaler.state_dict()))
-            for old in sorted(folder.glob('epoch_*.pt'))[:-checkpoints]: old.unlink()
+            for old in _checkpoints(fold)[:-checkpoints]: old.unlink()
             if not self.rows: return
             pd.DataFrame(self.rows).to_csv(fold/'log.part', index=False)
             os.replace(fold/'log.part', fold/'log.csv')
@@ -297,10 +297,10 @@ def fit(
                     **(dict(splitter=groups) if groups else {}))
     learn.create_opt()
     start = 0
-    if resume and (found := sorted((fold/'checkpoints').glob('epoch_*.pt'))):
-        ck = torch.load(found[-1], map_location=device, weights_only=True)
+    if resume and (found := _checkpoints(fold)):
+        ck,at = _newest(found, device)
         if ck['epochs'] != epochs:
-            raise CspineError(f'{found[-1]} is of a run of {ck["epochs"]} epochs, this one has {epochs}; the schedule would not fit')
+            raise CspineError(f'{at} is of a run of {ck["epochs"]} epochs, this one has {epochs}; the schedule would not fit')
         model.load_state_dict(ck['model'])
         learn.opt.opt.load_state_dict(ck['opt'])
         keeper.ema,keeper.t,keeper.rows,keeper.begun,start = ck['ema'],ck['step'],ck['rows'],ck.get('begun'),ck['epoch']
@@ -318,6 +318,18 @@ def fit(
     if keeper.ema: model.load_state_dict(keeper.ema)
     if not rank: _save_weights(model, fold)
     return pd.DataFrame(keeper.rows)
+
+def _checkpoints(fold):
+    "A fold's checkpoints, the newest last"
+    return sorted((fold/'checkpoints').glob('epoch_*.pt'), key=lambda p: [int(n) for n in re.findall(r'\d+', p.stem)])
+
+def _newest(found, device):
+    "The newest checkpoint that can be read, and its path; says which cannot"
+    for path in reversed(found):
+        try: return torch.load(path, map_location=device, weights_only=True),path
+        except (OSError,RuntimeError,EOFError,KeyError,ValueError,pickle.UnpicklingError) as e:
+            print(f'{path} is damaged and left out ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__})', file=sys.stderr)
+    raise CspineError(f'no checkpoint in {found[0].parent} can be read: train without --resume, into another folder')
 
 def _place(device):
     "The torch device and, of several processes, accelerate's state"
@@ -436,6 +448,12 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
         write_folds(fold_of, out/'folds.csv')
     return out,fold_of
 
+def _untrained(out, which, resume):
+    "Of these folds those that are not trained yet, if training goes on; says which are"
+    done = [k for k in which if resume and k in read_run(out)['folds']]
+    for k in done*(not _rank()): print(f'fold {k} of {out} is trained', file=sys.stderr)
+    return [k for k in which if k not in done]
+
 def _finish_fold(out, k, log, data):
     "Add a fold's figures to run.json"
     if _rank(): return
@@ -484,7 +502,7 @@ def train_segmentation(
     of = state.num_processes if state else 1
     dtype = _dtype(precision, place)
     with _first(): out,fold_of = _start_run(out, 'segmentation', preset, data, table, resume, which=which)
-    for k in which:
+    for k in _untrained(out, which, resume):
         train,valid = [[u for u in masked if (fold_of[u]==k) == v] for v in (False,True)]
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with a mask to train on and {len(valid)} to validate; more masks or fewer folds are needed')
         with _first(): paths = cache_studies(data, train+valid, out/'cache', seg)
@@ -548,13 +566,14 @@ def train_classification(
     table = read_train(data/'train.csv')
     if crops is not None:
         if n := len(table) - len(table := table[table.index.isin(store.table.index)]): print(f'{n} studies of {data}/train.csv are not in {crops}, they are left out', file=sys.stderr)
+    if weights not in (None,'none') and not cls.pretrained: raise CspineError(f'the stage 2 of {preset.name} starts from random weights; leave out --weights')
     which = _which(fold, preset.folds)
     _dtype(precision, _place(device)[0])   # what cannot be is said now
     with _first(): out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known, by, which)
     with _first():
         if crops is None: store = crop_data_set(data, segmentation, out/'crops'/crop_key(cls), preset, workers, fold_of=fold_of, detection=detection)
     seen = sorted(u for u in fold_of.index if u in store)   # an order that does not depend on which study was cut first
-    for k in which:
+    for k in _untrained(out, which, resume):
         train,valid = [[u for u in seen if (fold_of[u]==k) == v] for v in (False,True)]
         if not train or not valid: raise CspineError(f'fold {k} has {len(train)} studies with crops to train on and {len(valid)} to validate; more studies or fewer folds are needed')
         torch.manual_seed(preset.seed+k)
@@ -598,7 +617,7 @@ def _write_oof(out, k, model, cls, fold_of, store, table):
         if u in store:
             s = store.read(u)
             crops,present = crop_planes(s['crops'], s['masks'], cls),s['present']
-        raw[u],heat = predict_probabilities([model], cls, crops, present, device, evidence=True)
+        raw[u],heat = _answers([model], cls, crops, present, device, evidence=True)
         seen[u] = present
         if u in store: met += [(u, k, LEVELS[level], int(hit), round(share, 4)) for level,hit,share in evidence_hits(heat, s)]
     p,there = np.array(list(raw.values())),np.array(list(seen.values()))

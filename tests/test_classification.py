@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 import cspine.crops as crops_module
 import cspine.training as training
 from cspine.bundle import bundle, load_bundle
-from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, cross_calibrated, evidence_hits, predict_probabilities, with_prior
+from cspine.classification import (CrackNetBiLSTM, CropDataset, FractureLoss, _answers, _sample, cross_calibrated, evidence_hits, fit_calibration,
+                                   predict_probabilities, with_prior)
 from cspine.cropping import crop_planes
 from cspine.cli import main
 from cspine.dicom import write_series
@@ -183,7 +184,7 @@ def check_oof(run, oof, k, store, truth, cls):
     uids = oof.index[oof.fold == k]
     read = [store.read(u) if u in store.uids else None for u in uids]
     there = np.array([np.zeros(7, bool) if s is None else s['present'] for s in read])
-    raw = np.array([PRIOR[list(TARGETS)] if s is None else predict_probabilities([model], cls, crop_planes(s['crops'], s['masks'], cls), s['present']) for s in read])
+    raw = np.array([PRIOR[list(TARGETS)] if s is None else _answers([model], cls, crop_planes(s['crops'], s['masks'], cls), s['present'])[0] for s in read])
     want = with_prior(cross_calibrated(truth.loc[uids, list(TARGETS)].to_numpy(), raw, there), there)
     np.testing.assert_allclose(want, oof.loc[uids, list(TARGETS)].astype(float), atol=1e-5)
     assert len(uids) > 1
@@ -365,6 +366,75 @@ def test_a_run_cut_off_before_its_calibration_is_not_trained(data, seg_run, tmp_
     assert training.read_run(tmp_path/'r')['folds'] == []
     training.train_classification(data, SMALL, seg_run, tmp_path/'r', workers=1, resume=True)
     assert training.read_run(tmp_path/'r')['folds'] == [0] and (tmp_path/'r'/'oof.csv').exists()
+
+
+def test_a_finished_fold_is_left_alone_when_a_run_goes_on(data, seg_run, tmp_path, monkeypatch, capsys):
+    "A kill while another fold trains must not take the first one's calibration"
+    run = train(data, seg_run, tmp_path/'r')
+    before = {p: p.read_bytes() for p in (run/'fold0').rglob('*') if p.is_file()} | {run/'oof.csv': (run/'oof.csv').read_bytes()}
+    def stopped(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(training, '_write_oof', stopped)
+        with pytest.raises(KeyboardInterrupt): train(data, seg_run, run, fold='all', resume=True)
+    assert f'fold 0 of {run} is trained' in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in before} == before and training.read_run(run)['folds'] == [0]
+    train(data, seg_run, run, fold='all', resume=True)
+    assert training.read_run(run)['folds'] == [0, 1] and sorted(set(pd.read_csv(run/'oof.csv').fold)) == [0, 1]
+
+
+def test_a_damaged_checkpoint_is_left_out(data, seg_run, tmp_path, monkeypatch, capsys):
+    whole = train(data, seg_run, tmp_path/'whole')
+    def stopped(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(training, '_write_oof', stopped)
+        with pytest.raises(KeyboardInterrupt): train(data, seg_run, tmp_path/'r')
+    *_, older, newest = sorted((tmp_path/'r'/'fold0'/'checkpoints').glob('epoch_*.pt'))
+    newest.write_bytes(newest.read_bytes()[:5000])
+    capsys.readouterr()
+    run = train(data, seg_run, tmp_path/'r', resume=True)
+    assert f'{newest} is damaged and left out' in capsys.readouterr().err
+    a, b = (load_file(r/'fold0'/'model.safetensors') for r in (whole, run))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for p in (older, newest): p.write_bytes(b'nothing')
+    with pytest.raises(CspineError, match='no checkpoint in .* can be read'): training._newest([older, newest], 'cpu')
+    (tmp_path/'c'/'checkpoints').mkdir(parents=True)
+    for n in ('epoch_998', 'epoch_1000', 'epoch_999', 'epoch_998_step_000007'): (tmp_path/'c'/'checkpoints'/f'{n}.pt').touch()
+    assert [p.stem for p in training._checkpoints(tmp_path/'c')] == ['epoch_998', 'epoch_998_step_000007', 'epoch_999', 'epoch_1000']
+
+
+def test_weights_for_a_network_that_takes_none_are_refused(data, seg_run, tmp_path):
+    with pytest.raises(CspineError, match='tiny-cnn_lstm starts from random weights; leave out --weights'):
+        training.train_classification(data, SMALL, seg_run, tmp_path/'r', model='cnn_lstm', weights='/nowhere/at/all.pth')
+    assert not (tmp_path/'r').exists()
+
+
+def test_the_calibration_is_of_what_the_model_says(data, seg_run, tmp_path):
+    "Not of a patient who was lifted to the likeliest vertebra: a bundle lifts after the calibration"
+    run = train(data, seg_run, tmp_path/'r')
+    store, truth, cls = crops_module.Crops(run/'crops'/crops_module.crop_key(SMALL.classification)), read_train(data/'train.csv'), SMALL.classification
+    model = CrackNetBiLSTM(cls)
+    model.load_state_dict(load_file(run/'fold0'/'model.safetensors'))
+    model.patient.bias.data.fill_(-3)
+    fold_of = read_folds(run/'folds.csv')
+    training._write_oof(run, 0, model, cls, fold_of, store, truth)
+    found = model.scale.clone(), model.shift.clone()
+    model.scale.fill_(1)
+    model.shift.zero_()
+    uids = [u for u in fold_of.index if fold_of[u] == 0 and u in store]
+    read = [store.read(u) for u in uids]
+    raw = np.array([_answers([model], cls, crop_planes(s['crops'], s['masks'], cls), s['present'])[0] for s in read])
+    want = fit_calibration(truth.loc[uids, list(TARGETS)].to_numpy(), raw, np.array([s['present'] for s in read]))
+    for a, b in zip(found, want): np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_the_number_of_groups_looked_at_says_nothing():
+    "Boxes or none, broken or whole: as many, or a network could read the answer off their number"
+    broken = np.zeros((7, 15), np.float32)
+    broken[0, 3:9] = broken[1, 7] = 1
+    broken[2] = np.nan
+    looks = np.array([_sample(broken, 5, np.random.default_rng(i)) for i in range(3000)])
+    assert (looks.sum(2) == 5).all() and (looks[:, 0, 3:9].sum(1) >= 3).all() and looks[:, 1, 7].all()
+    assert abs(looks[:, 2, :3].any(1).mean() - (1 - 792/3003)) < .03 and abs(looks[:, 3].mean(0) - 1/3).max() < .04   # C(12, 5) of C(15, 5) miss three groups
 
 
 def test_what_was_frozen_stays_frozen_when_a_run_goes_on(data, seg_run, tmp_path, monkeypatch):

@@ -565,10 +565,24 @@ def test_the_interval_over_studies_narrows_with_their_number_and_needs_two(tmp_p
         rng = np.random.default_rng(1)
         rows = [(f"{u}_{t}", rng.uniform(0.05, 0.3)) for u in y.index for t in TARGETS]
         s = score(tmp_path / "truth.csv", write_submission(pd.DataFrame(rows, columns=["row_id", "fractured"]), tmp_path / "s.csv"))
-        return s["better_high"] - s["better_low"], versus_constant(s)
-    assert 3 < width(40)[0] / width(1000)[0] < 8     # the root of 25
-    assert "over 40 studies" in width(40)[1]
-    assert np.isnan(width(1)[0]) and width(1)[1].endswith("by one study")
+        return s["better_high"] - s["better_low"]
+    assert 3 < width(40) / width(1000) < 8     # the root of 25
+    assert np.isnan(width(1))
+
+
+def test_better_than_the_constant_is_said_to_be_chance_when_it_is(tmp_path):
+    "The best constant was fitted to the truth that it is scored by: nobody who does not look is better beyond chance, and worse is no verdict"
+    def said(n, look, seed):
+        y = labels_table(n, seed)
+        y.to_csv(tmp_path / "truth.csv")
+        blind = best_constant(labels_table(5000, 99))
+        rows = [(f"{u}_{t}", np.clip(blind[t] + look * (y.loc[u, t] - blind[t]), 0.01, 0.99)) for u in y.index for t in TARGETS]
+        return versus_constant(score(tmp_path / "truth.csv", write_submission(pd.DataFrame(rows, columns=["row_id", "fractured"]), tmp_path / "s.csv")))
+    for seed in range(5):
+        assert "which was fitted to these very answers" in said(40, 0, seed) or "may be chance" in said(40, 0, seed)
+        assert "better" in said(40, 0.5, seed) and "chance" not in said(40, 0.5, seed) and "over 40 studies" in said(40, 0.5, seed)
+    assert any("may be chance" in said(16, 0.05, seed) for seed in range(10)) and any("fitted" in said(16, 0, seed) for seed in range(10))
+    assert all("fitted" in said(1, 0.9, seed) for seed in range(5))     # of one study the constant knows all
 
 
 def test_the_metric_is_sklearns_log_loss_with_weights():
