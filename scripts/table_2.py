@@ -7,9 +7,11 @@ TRAIN and HELD are folders as `cspine phantom` makes them, CROPS and HELD_CROPS 
 preset; several of TRAIN and CROPS may be given, joined by commas. A model learns from the first --studies of TRAIN in as many steps of one
 study as fit into the minutes, or as are asked for, the cosine ending with the last. Its calibration is fitted on one half of HELD and used on the
 other. A RUN of `cspine train classification` answers with its first fold, calibrated as it is. OUT gets of each model NAME.csv, the answers, NAME.evidence.csv,
-NAME.table.csv, and of all of them differences.csv: how much better the last one named is, with intervals. A model whose answers are there is not trained again.
+NAME.table.csv and a row of summary.csv, and of all of them differences.csv: how much better the last one named is, with intervals. A model whose answers are
+there is not trained again. scripts/table_2.csv and table_2_differences.csv are what was measured so, and what the notebook of rivals shows.
 """
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, cross_calibrated, evidence_hits, predict_probabilities, with_prior
+from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, _answers, cross_calibrated, evidence_hits, with_prior
 from cspine.cropping import crop_planes
 from cspine.crops import Crops
 from cspine.encoders import load_encoder_weights
@@ -78,12 +80,12 @@ def trained(cls, args, store, uids, truth, folder):
     return net, steps
 
 
-def answers(net, cls, store, uids, prior):
-    "Uncalibrated answers and evidence for studies that nobody has learned from"
+def answers(net, cls, store, uids):
+    "What a model says, who is there and evidence, of studies that nobody has learned from"
     p, there, met = [], [], []
     for u in progress(uids, 'answering'):
         s = store.read(u)
-        q, heat = predict_probabilities([net], cls, crop_planes(s['crops'], s['masks'], cls), s['present'], prior=prior, evidence=True)
+        q, heat = _answers([net], cls, crop_planes(s['crops'], s['masks'], cls), s['present'], evidence=True)
         p.append(q)
         there.append(s['present'])
         met += [(u, LEVELS[level], int(hit), share) for level, hit, share in evidence_hits(heat, s)]
@@ -120,39 +122,53 @@ def main():
         label, net, log = run.name, CrackNetBiLSTM(cls), pd.read_csv(run / 'fold0' / 'log.csv')
         if not (out / f'{label}.csv').exists():
             net.load_state_dict(load_file(run / 'fold0' / 'model.safetensors'))
-            p, _, met = answers(net, cls, held, asked, prior)
+            p, there, met = answers(net, cls, held, asked)
             met.to_csv(out / f'{label}.evidence.csv', index=False)
             n = read_run(run)['figures']['fold0']['studies']['train']
-            pd.DataFrame(p, index=held_truth.index, columns=list(TARGETS)).assign(
+            pd.DataFrame(with_prior(p, there, prior), index=held_truth.index, columns=list(TARGETS)).assign(
                 minutes=log.seconds.sum() / 60, steps=len(log) * (n // cls.batch), studies=n).to_csv(out / f'{label}.csv')
-        asked_for[label] = show(out, label, held_truth, kinds)
+        asked_for[label] = show(out, label, held_truth, kinds, args.held)
     for name in [] if args.run else args.only:
         cls = with_model(args.preset, name, stage='classification').classification
         cls = replace(cls, **{k: type(getattr(cls, k))(float(v)) if not isinstance(getattr(cls, k), str) else v for k, v in (s.split('=') for s in args.set)})
         label = args.label or name + (f'-{len(uids)}' if args.studies else '') + (f'-{args.weights}' if args.weights else '')
         if not (out / f'{label}.csv').exists():
+            said, settings = out / label / 'asked.json', json.dumps([name, args.steps or f'{args.minutes} minutes', len(uids), args.lr, args.set, args.weights])
+            if said.exists() and said.read_text() != settings: raise SystemExit(f'{out / label} was begun with {said.read_text()}, not {settings}: name another --as, or delete it')
+            said.parent.mkdir(exist_ok=True)
+            said.write_text(settings)
             start = time.monotonic()
             net, steps = trained(cls, args, store, uids, truth, out / label)
             took = (time.monotonic() - start) / 60
-            p, there, met = answers(net, cls, held, asked, prior)
+            p, there, met = answers(net, cls, held, asked)
             met.to_csv(out / f'{label}.evidence.csv', index=False)
             p = pd.DataFrame(with_prior(cross_calibrated(held_truth.to_numpy(), p, there), there, prior), index=held_truth.index, columns=list(TARGETS))
             p.assign(minutes=took, steps=steps, studies=len(uids)).to_csv(out / f'{label}.csv')
-        asked_for[label] = show(out, label, held_truth, kinds)
+        asked_for[label] = show(out, label, held_truth, kinds, args.held)
     if len(asked_for) > 1:
         table = differences(asked_for, held_truth)
         table.to_csv(out / 'differences.csv', index=False)
         print(table.to_markdown(index=False, floatfmt='.3f'))
 
 
-def show(out, label, truth, kinds):
+def show(out, label, truth, kinds, held):
     "The figures of one model; its answers"
     p = pd.read_csv(out / f'{label}.csv', index_col=0, dtype={'StudyInstanceUID': str})
     table = pd.concat([fracture_metrics(truth, p[list(TARGETS)]), metrics_by_kind(truth, p[list(TARGETS)], kinds),
                        _evidence(pd.read_csv(out / f'{label}.evidence.csv', dtype={'StudyInstanceUID': str}), 1000)])
     table.to_csv(out / f'{label}.table.csv', index=False)
+    row = dict(model=label, held=Path(held).name, **p[['studies', 'steps', 'minutes']].iloc[0].round(1))
+    for short, (of, figure) in FIGURES.items():
+        at = table[(table.row == of) & (table.figure == figure)].iloc[0]
+        row |= {short: round(at.value, 4), f'{short}_low': round(at.low, 4), f'{short}_high': round(at.high, 4), f'{short}_constant': round(at.constant, 4)}
+    new = pd.DataFrame([row])
+    if (path := out / 'summary.csv').exists(): new = pd.concat([(old := pd.read_csv(path))[(old.model != label) | (old.held != row['held'])], new])
+    new.to_csv(path, index=False)
     print(f"{label}: {p.minutes.iloc[0]:.1f} min, {p.steps.iloc[0]} steps\n{shown(table).to_markdown()}", flush=True)
     return p.loc[truth.index, list(TARGETS)]
+
+
+FIGURES = dict(auroc=('C1-C7', 'auroc'), metric=('all', 'metric'), patient=('patient_overall', 'auroc'), evidence=('C1-C7', 'evidence'))
 
 
 def differences(answers, truth, samples=1000):
