@@ -164,13 +164,15 @@ def predict(
     device: Device = None,
     page: Annotated[Path | None, Option(callback=_new_file, metavar='FILE', help='HTML page to write, with the pictures.', show_default=False)] = None,
 ):
-    "Eight probabilities for one study."
+    "Eight probabilities for one study, and the voxel where stage 2 saw most of each vertebra's fracture: where to look first, not proof."
+    import numpy as np
     from cspine.dicom import read_series
     from cspine.inference import Pipeline
     volume = read_series(study)
     pipeline = Pipeline(bundle, device=device)
     p = pipeline.predict(volume)
-    print(p.uid, *(f'{t:16}{v:.4f}' for t,v in p.probabilities.items()), *(f'note: {n}' for n in p.notes), sep='\n')
+    seen = [f'   slice {z}, row {y}, column {x}' if np.isfinite(at).all() else '' for at in p.looked for z,y,x in [np.nan_to_num(at).round().astype(int)]]
+    print(p.uid, *(f'{t:16}{v:.4f}{where}' for (t,v),where in zip(p.probabilities.items(), [*seen,''])), *(f'note: {n}' for n in p.notes), sep='\n')
     if page is not None:
         from cspine.report import study_page
         print(f'page: {study_page(volume, p, page, card=pipeline.bundle.card)}')

@@ -184,11 +184,16 @@ def test_inspect(study, tmp_path):
 def test_predict(study, bundle, tmp_path):
     done = cspine('predict', study, '--bundle', bundle, '--page', tmp_path / 'study.html')
     assert done.returncode == 0, done.stderr
-    p = dict(re.findall(r'^(C\d|patient_overall)\s+([\d.]+)$', done.stdout, re.M))
+    p = dict(re.findall(r'^(C\d|patient_overall)\s+([\d.]+)(?:   slice|$)', done.stdout, re.M))
     assert tuple(p) == TARGETS and all(0 < float(v) < 1 for v in p.values())
     assert 'data:image/png' in (tmp_path / 'study.html').read_text(encoding='utf-8')
-    from_library = cli.predict(study, bundle=bundle).probabilities
-    assert [f'{v:.4f}' for v in from_library] == list(p.values())
+    from_library = cli.predict(study, bundle=bundle)
+    assert [f'{v:.4f}' for v in from_library.probabilities] == list(p.values())
+    where = dict(re.findall(r'^C(\d).*   slice (\d+, row \d+, column \d+)$', done.stdout, re.M))
+    assert len(where) == from_library.present.sum() > 0
+    for level, at in where.items():
+        z, y, x = from_library.looked[int(level)-1].round().astype(int)
+        assert at == f'{z}, row {y}, column {x}'
 
 
 def test_submit_and_score(data, bundle, tmp_path):
