@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -189,11 +191,17 @@ def test_predict(study, bundle, tmp_path):
     assert 'data:image/png' in (tmp_path / 'study.html').read_text(encoding='utf-8')
     from_library = cli.predict(study, bundle=bundle)
     assert [f'{v:.4f}' for v in from_library.probabilities] == list(p.values())
-    where = dict(re.findall(r'^C(\d).*   slice (\d+, row \d+, column \d+)$', done.stdout, re.M))
-    assert len(where) == from_library.present.sum() > 0
-    for level, at in where.items():
-        z, y, x = from_library.looked[int(level)-1].round().astype(int)
-        assert at == f'{z}, row {y}, column {x}'
+
+
+def test_predict_says_where_it_looked(study, capsys, monkeypatch):
+    looked = np.full((7, 3), np.nan)
+    looked[2], looked[6] = (10.6, 20.2, 30), (-.4, 0, 5)
+    seen = SimpleNamespace(uid='1.2', probabilities=pd.Series(.25, TARGETS), looked=looked, notes=['odd'])
+    monkeypatch.setattr('cspine.inference.Pipeline', lambda *_, **__: SimpleNamespace(predict=lambda volume: seen))
+    cli.predict(study)
+    assert capsys.readouterr().out.splitlines() == [
+        '1.2', *(f'C{k}              0.2500' + {3: '   slice 11, row 20, column 30', 7: '   slice 0, row 0, column 5'}.get(k, '') for k in range(1, 8)),
+        'patient_overall 0.2500', 'note: odd']
 
 
 def test_submit_and_score(data, bundle, tmp_path):
