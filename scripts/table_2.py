@@ -7,7 +7,7 @@ TRAIN and HELD are folders as `cspine phantom` makes them, CROPS and HELD_CROPS 
 preset; several of TRAIN and CROPS may be given, joined by commas. A model learns from the first --studies of TRAIN in as many steps of one
 study as fit into the minutes, or as are asked for, the cosine ending with the last. Its calibration is fitted on one half of HELD and used on the
 other. A RUN of `cspine train classification` answers with its first fold, calibrated as it is. OUT gets of each model NAME.csv, the answers, NAME.evidence.csv,
-NAME.table.csv and a row of summary.csv, and of all of them differences.csv: how much better the last one named is, with intervals. A model whose answers are
+NAME.table.csv and a row of summary.csv, and of all in OUT differences.csv: how much better the last one named is, with intervals. A model whose answers are
 there is not trained again. scripts/table_2.csv and table_2_differences.csv are what was measured so, and what the notebook of rivals shows.
 """
 import argparse
@@ -116,7 +116,6 @@ def main():
     held_truth = held_truth.loc[asked]
     prior = best_constant(truth.loc[uids])[list(TARGETS)].to_numpy()
     kinds = read_kinds(Path(args.held) / 'fractures.csv')
-    asked_for = {}
     for run in args.run:
         cls = read_run(run)['preset'].classification
         label, net, log = run.name, CrackNetBiLSTM(cls), pd.read_csv(run / 'fold0' / 'log.csv')
@@ -127,7 +126,7 @@ def main():
             n = read_run(run)['figures']['fold0']['studies']['train']
             pd.DataFrame(with_prior(p, there, prior), index=held_truth.index, columns=list(TARGETS)).assign(
                 minutes=log.seconds.sum() / 60, steps=len(log) * (n // cls.batch), studies=n).to_csv(out / f'{label}.csv')
-        asked_for[label] = show(out, label, held_truth, kinds, args.held)
+        show(out, label, held_truth, kinds, args.held)
     for name in [] if args.run else args.only:
         cls = with_model(args.preset, name, stage='classification').classification
         cls = replace(cls, **{k: type(getattr(cls, k))(float(v)) if not isinstance(getattr(cls, k), str) else v for k, v in (s.split('=') for s in args.set)})
@@ -144,16 +143,25 @@ def main():
             met.to_csv(out / f'{label}.evidence.csv', index=False)
             p = pd.DataFrame(with_prior(cross_calibrated(held_truth.to_numpy(), p, there), there, prior), index=held_truth.index, columns=list(TARGETS))
             p.assign(minutes=took, steps=steps, studies=len(uids)).to_csv(out / f'{label}.csv')
-        asked_for[label] = show(out, label, held_truth, kinds, args.held)
-    if len(asked_for) > 1:
-        table = differences(asked_for, held_truth)
-        table.to_csv(out / 'differences.csv', index=False)
+        show(out, label, held_truth, kinds, args.held)
+    others = {f.name.removesuffix('.table.csv'): read_answers(f.with_name(f.name.replace('.table', ''))) for f in sorted(out.glob('*.table.csv'))}
+    mine = others.pop(label)
+    if others:
+        table = differences({**{k: p.loc[held_truth.index] for k, p in others.items()}, label: mine.loc[held_truth.index]}, held_truth).assign(held=Path(args.held).name)
         print(table.to_markdown(index=False, floatfmt='.3f'))
+        table = table.round(4)
+        if (path := out / 'differences.csv').exists(): table = pd.concat([(old := pd.read_csv(path))[old.better != label], table])
+        table.to_csv(path, index=False)
+
+
+def read_answers(path):
+    "Answers, with minutes, steps and studies"
+    return pd.read_csv(path, index_col=0, dtype={'StudyInstanceUID': str})
 
 
 def show(out, label, truth, kinds, held):
     "The figures of one model; its answers"
-    p = pd.read_csv(out / f'{label}.csv', index_col=0, dtype={'StudyInstanceUID': str})
+    p = read_answers(out / f'{label}.csv')
     table = pd.concat([fracture_metrics(truth, p[list(TARGETS)]), metrics_by_kind(truth, p[list(TARGETS)], kinds),
                        _evidence(pd.read_csv(out / f'{label}.evidence.csv', dtype={'StudyInstanceUID': str}), 1000)])
     table.to_csv(out / f'{label}.table.csv', index=False)
@@ -165,7 +173,6 @@ def show(out, label, truth, kinds, held):
     if (path := out / 'summary.csv').exists(): new = pd.concat([(old := pd.read_csv(path))[(old.model != label) | (old.held != row['held'])], new])
     new.to_csv(path, index=False)
     print(f"{label}: {p.minutes.iloc[0]:.1f} min, {p.steps.iloc[0]} steps\n{shown(table).to_markdown()}", flush=True)
-    return p.loc[truth.index, list(TARGETS)]
 
 
 FIGURES = dict(auroc=('C1-C7', 'auroc'), metric=('all', 'metric'), patient=('patient_overall', 'auroc'), evidence=('C1-C7', 'evidence'))
