@@ -6,7 +6,7 @@
 TRAIN and HELD are folders as `cspine phantom` makes them, CROPS and HELD_CROPS what `cspine crop` made of their train_images/ with one
 preset; several of TRAIN and CROPS may be given, joined by commas. A model learns from the first --studies of TRAIN in as many steps of one
 study as fit into the minutes, or as are asked for, the cosine ending with the last. Its calibration is fitted on one half of HELD and used on the
-other. A RUN of `cspine train classification` answers with its first fold, calibrated as it is. OUT gets of each model NAME.csv, the answers, NAME.evidence.csv,
+other, since HELD may be fractured more or less often than what it learned from. A RUN of `cspine train classification` answers with its first fold, calibrated alike. OUT gets of each model NAME.csv, the answers, NAME.evidence.csv,
 NAME.table.csv and a row of summary.csv, and of all in OUT differences.csv: how much better the last one named is, with intervals. A model whose answers are
 there is not trained again. scripts/table_2.csv and table_2_differences.csv are what was measured so, and what the notebook of rivals shows.
 """
@@ -121,10 +121,13 @@ def main():
         label, net, log = run.name, CrackNetBiLSTM(cls), pd.read_csv(run / 'fold0' / 'log.csv')
         if not (out / f'{label}.csv').exists():
             net.load_state_dict(load_file(run / 'fold0' / 'model.safetensors'))
+            net.scale.fill_(1)
+            net.shift.zero_()
             p, there, met = answers(net, cls, held, asked)
             met.to_csv(out / f'{label}.evidence.csv', index=False)
             n = read_run(run)['figures']['fold0']['studies']['train']
-            pd.DataFrame(with_prior(p, there, prior), index=held_truth.index, columns=list(TARGETS)).assign(
+            p = with_prior(cross_calibrated(held_truth.to_numpy(), p, there), there, prior)
+            pd.DataFrame(p, index=held_truth.index, columns=list(TARGETS)).assign(
                 minutes=log.seconds.sum() / 60, steps=len(log) * (n // cls.batch), studies=n).to_csv(out / f'{label}.csv')
         show(out, label, held_truth, kinds, args.held)
     for name in [] if args.run else args.only:
