@@ -158,8 +158,8 @@ def test_scores_stand_beside_the_best_constant(tmp_path, prediction):
     page = read(report_page(entries, tmp_path/'p.html', score=s))
     for k in ('score', 'best_constant', 'half'): assert f'{s[k]:.4f}' in page.text
     assert 'worse than the best constant' in page.text
-    for low, half, tone, chance in ((.01, .7, 'tile good', 0), (-.01, .7, 'tile ', 1), (-.03, .1, 'tile bad', 1)):
-        page = read(report_page(entries, tmp_path/'p.html', score=dict(s, better=.02, better_low=low, half=half)))
+    for low, more, tone, chance in ((.01, .1, 'tile good', 0), (-.01, .1, 'tile ', 1), (-.03, -.1, 'tile bad', 1)):
+        page = read(report_page(entries, tmp_path/'p.html', score=dict(s, better=.02, better_low=low, half=s['score'] + more)))
         assert [a['class'] for a in page.all('div') if a.get('class', '').startswith('tile ')] == [tone]
         assert ('may be chance' in page.text) == chance
     assert 'loss best constant' in page.text and 'nan' not in page.text
