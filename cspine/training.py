@@ -450,7 +450,7 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
 
 def _untrained(out, which, resume):
     "Of these folds those that are not trained yet, if training goes on; says which are"
-    done = [k for k in which if resume and k in read_run(out)['folds']]
+    done = [k for k in which if resume and k in read_run(out)['folds'] and (out/f'fold{k}'/'model.safetensors').exists()]   # whose folder was removed is trained anew
     for k in done*(not _rank()): print(f'fold {k} of {out} is trained', file=sys.stderr)
     return [k for k in which if k not in done]
 

@@ -380,6 +380,9 @@ def test_a_finished_fold_is_left_alone_when_a_run_goes_on(data, seg_run, tmp_pat
     assert {p: p.read_bytes() for p in before} == before and training.read_run(run)['folds'] == [0]
     train(data, seg_run, run, fold='all', resume=True)
     assert training.read_run(run)['folds'] == [0, 1] and sorted(set(pd.read_csv(run/'oof.csv').fold)) == [0, 1]
+    shutil.rmtree(run/'fold0')   # to train it anew
+    train(data, seg_run, run, resume=True)
+    assert (run/'fold0'/'model.safetensors').exists() and sorted(set(pd.read_csv(run/'oof.csv').fold)) == [0, 1]
 
 
 def test_a_damaged_checkpoint_is_left_out(data, seg_run, tmp_path, monkeypatch, capsys):
