@@ -552,6 +552,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cspine.rsna._number': ('rsna.html#_number', 'cspine/rsna.py'),
                              'cspine.rsna._onto': ('rsna.html#_onto', 'cspine/rsna.py'),
                              'cspine.rsna._path': ('rsna.html#_path', 'cspine/rsna.py'),
+                             'cspine.rsna._per_exam': ('rsna.html#_per_exam', 'cspine/rsna.py'),
                              'cspine.rsna._probability': ('rsna.html#_probability', 'cspine/rsna.py'),
                              'cspine.rsna._size': ('rsna.html#_size', 'cspine/rsna.py'),
                              'cspine.rsna._whole': ('rsna.html#_whole', 'cspine/rsna.py'),

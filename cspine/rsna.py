@@ -391,13 +391,17 @@ def _losses(truth, pred):
     y,p = y.to_numpy(),p.to_numpy().clip(_EPS, 1-_EPS)
     return _WEIGHT.to_numpy()*(1+y), -(y*np.log(p) + (1-y)*np.log1p(-p))
 
+def _per_exam(truth, pred):
+    "The metric of each exam"
+    w,loss = _losses(truth, pred)
+    return (w*loss).sum(1)/w.sum(1)
+
 def metric(
     truth:pd.DataFrame, # index uid, columns `TARGETS`, 0 or 1
     pred:pd.DataFrame,  # index uid, columns `TARGETS`, probabilities; the same studies, any order
 )->float:
     "The competition's weighted log loss: the mean over exams of sum(w * logloss) / sum(w)"
-    w,loss = _losses(truth, pred)
-    return float(((w*loss).sum(1)/w.sum(1)).mean())
+    return float(_per_exam(truth, pred).mean())
 
 # %% ../nbs/03_rsna.ipynb #b526a3a0
 def best_constant(
@@ -433,10 +437,7 @@ def score(
     table = pd.DataFrame(dict(studies=len(y), prevalence=y.mean(), best_constant=const, mean_prediction=p.mean(),
         loss=per_target(p), loss_best_constant=per_target(constant(const)), auroc=[_auroc(y[t], p[t]) for t in TARGETS]),
         index=pd.Index(TARGETS, name=KIND))
-    def per_exam(p):
-        w,loss = _losses(y, p)
-        return (w*loss).sum(1)/w.sum(1)
-    better,n = per_exam(constant(const)) - per_exam(p),len(y)
+    better,n = _per_exam(y, constant(const)) - _per_exam(y, p),len(y)
     low,high = np.percentile(better[np.random.default_rng(0).integers(0, n, (1000,n))].mean(1), (2.5,97.5)) if n > 1 else (np.nan,np.nan)
     return dict(score=metric(y, p), best_constant=metric(y, constant(const)), half=metric(y, constant(.5)),
                 better=float(better.mean()), better_low=float(low), better_high=float(high), table=table)
@@ -446,7 +447,7 @@ def versus_constant(
 )->str:
     "A sentence on how far a score is from the best constant's, and whether being better may be chance; that constant knows this truth, so being worse by a little says nothing"
     n,better,low,high = score['table'].studies.iloc[0],*(score[k] for k in ('better','better_low','better_high'))
-    if better <= 0 or n == 1: return f'{-better:.4f} worse than the best constant, which was fitted to these very answers'
+    if better <= 0 or n == 1: return f'{abs(better):.4f} worse than the best constant, which was fitted to these very answers'
     return f"{better:.4f} better than the best constant{', which may be chance' if low <= 0 else ''} (95% interval over {n} studies: {low:+.4f} to {high:+.4f})"
 
 def _auroc(y, p):

@@ -29,7 +29,7 @@ from cspine.encoders import load_encoder_weights
 from cspine.metrics import _evidence, fracture_metrics, metrics_by_kind, read_kinds, shown
 from cspine.presets import LEVELS, TARGETS, progress
 from cspine.rivals import with_model
-from cspine.rsna import _losses, best_constant, read_train
+from cspine.rsna import _per_exam, best_constant, read_train
 from cspine.training import fit, read_run
 
 
@@ -184,10 +184,7 @@ FIGURES = dict(auroc=('C1-C7', 'auroc'), metric=('all', 'metric'), patient=('pat
 def differences(answers, truth, samples=1000):
     "The last one's metric and AUROC of vertebrae less those of each other, drawn from the same studies"
     names, y, rng, rows = list(answers), truth[list(TARGETS)].to_numpy(), np.random.default_rng(0), []
-    loss = {}
-    for n, p in answers.items():
-        weight, each = _losses(truth, p)
-        loss[n] = (weight * each).sum(1) / weight.sum(1)
+    loss = {n: _per_exam(truth, p) for n, p in answers.items()}
 
     def area(n, d): return roc_auc_score(y[d, :7].ravel(), answers[n].to_numpy()[d, :7].ravel())
     def mean(n, d): return loss[n][d].mean()

@@ -417,8 +417,9 @@ def test_the_calibration_is_of_what_the_model_says(data, seg_run, tmp_path):
     store, truth, cls = crops_module.Crops(run/'crops'/crops_module.crop_key(SMALL.classification)), read_train(data/'train.csv'), SMALL.classification
     model = CrackNetBiLSTM(cls)
     model.load_state_dict(load_file(run/'fold0'/'model.safetensors'))
-    model.patient.bias.data.fill_(-3)
+    model.patient.bias.data.fill_(-6)
     fold_of = read_folds(run/'folds.csv')
+    truth['patient_overall'] = np.arange(len(truth)) % 2
     training._write_oof(run, 0, model, cls, fold_of, store, truth)
     found = model.scale.clone(), model.shift.clone()
     model.scale.fill_(1)
@@ -428,6 +429,7 @@ def test_the_calibration_is_of_what_the_model_says(data, seg_run, tmp_path):
     raw = np.array([_answers([model], cls, crop_planes(s['crops'], s['masks'], cls), s['present'])[0] for s in read])
     want = fit_calibration(truth.loc[uids, list(TARGETS)].to_numpy(), raw, np.array([s['present'] for s in read]))
     for a, b in zip(found, want): np.testing.assert_allclose(a, b, atol=1e-3)
+    assert (raw[:, 7] < raw[:, :7].max(1)).all() and abs(want[1][7]) > .01   # the patient is below, and there was something to fit
 
 
 def test_the_number_of_groups_looked_at_says_nothing():
