@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from cspine.dicom import Volume, read_series, write_series
 from cspine.presets import LEVELS, TARGETS, CspineError
-from cspine.rsna import (MaskError, TableError, best_constant, find_studies, folds, metric, read_boxes, read_folds, read_mask,
+from cspine.rsna import (MaskError, TableError, _per_exam, best_constant, find_studies, folds, metric, read_boxes, read_folds, read_mask,
                          read_submission, read_test, read_train, score, split_80_20, test_rows, validate_uid, versus_constant, write_folds,
                          write_mask, write_submission, write_whole)
 from scipy.optimize import minimize_scalar
@@ -552,6 +552,8 @@ def test_score_of_a_phantoms_tables(tmp_path):
         total += sum(w[t] * loss[t] for t in TARGETS) / sum(w.values())
     assert s["score"] == pytest.approx(total / len(y), abs=1e-7)
     assert s["half"] == pytest.approx(np.log(2)) and s["score"] < s["best_constant"] < s["half"]
+    d = _per_exam(y, y * 0.0 + best_constant(y)) - _per_exam(y, sub.assign(u=sub.row_id.str.split("_", n=1).str[0], t=sub.row_id.str.split("_", n=1).str[1]).pivot(index="u", columns="t", values="fractured"))
+    assert s["better_high"] - s["better_low"] == pytest.approx(2 * 1.96 * d.std() / len(y)**.5, rel=0.1)
     assert s["better"] == pytest.approx(s["best_constant"] - s["score"]) and 0 < s["better_low"] < s["better"] < s["better_high"]
     assert s["table"].index.tolist() == list(TARGETS) and (s["table"]["auroc"].dropna() == 1).all()
     assert best_constant(y)["C2"] == pytest.approx(2 * y["C2"].mean() / (1 + y["C2"].mean()))
