@@ -429,6 +429,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cspine.metrics.metrics_by_kind': ('metrics.html#metrics_by_kind', 'cspine/metrics.py'),
                                 'cspine.metrics.read_kinds': ('metrics.html#read_kinds', 'cspine/metrics.py'),
                                 'cspine.metrics.read_oof': ('metrics.html#read_oof', 'cspine/metrics.py'),
+                                'cspine.metrics.read_sizes': ('metrics.html#read_sizes', 'cspine/metrics.py'),
                                 'cspine.metrics.shown': ('metrics.html#shown', 'cspine/metrics.py')},
             'cspine.neck': { 'cspine.neck._both': ('neck.html#_both', 'cspine/neck.py'),
                              'cspine.neck._metal': ('neck.html#_metal', 'cspine/neck.py'),

@@ -26,7 +26,7 @@ from cspine.classification import CrackNetBiLSTM, CropDataset, FractureLoss, _an
 from cspine.cropping import crop_planes
 from cspine.crops import Crops
 from cspine.encoders import load_encoder_weights
-from cspine.metrics import _evidence, fracture_metrics, metrics_by_kind, read_kinds, shown
+from cspine.metrics import _evidence, fracture_metrics, metrics_by_kind, read_kinds, read_sizes, shown
 from cspine.presets import LEVELS, TARGETS, progress
 from cspine.rivals import with_model
 from cspine.rsna import _per_exam, best_constant, read_train
@@ -115,7 +115,7 @@ def main():
     asked = [u for u in held_truth.index if u in held]
     held_truth = held_truth.loc[asked]
     prior = best_constant(truth.loc[uids])[list(TARGETS)].to_numpy()
-    kinds = read_kinds(Path(args.held) / 'fractures.csv')
+    kinds = [read(Path(args.held) / 'fractures.csv') for read in (read_kinds, read_sizes)]
     for run in args.run:
         cls = read_run(run)['preset'].classification
         label, net, log = run.name, CrackNetBiLSTM(cls), pd.read_csv(run / 'fold0' / 'log.csv')
@@ -165,7 +165,7 @@ def read_answers(path):
 def show(out, label, truth, kinds, held):
     "The figures of one model; its answers"
     p = read_answers(out / f'{label}.csv')
-    table = pd.concat([fracture_metrics(truth, p[list(TARGETS)]), metrics_by_kind(truth, p[list(TARGETS)], kinds),
+    table = pd.concat([fracture_metrics(truth, p[list(TARGETS)]), *(metrics_by_kind(truth, p[list(TARGETS)], k) for k in kinds),
                        _evidence(pd.read_csv(out / f'{label}.evidence.csv', dtype={'StudyInstanceUID': str}), 1000)])
     table.to_csv(out / f'{label}.table.csv', index=False)
     row = dict(model=label, held=Path(held).name, **p[['studies', 'steps', 'minutes']].iloc[0].round(1))
@@ -178,7 +178,8 @@ def show(out, label, truth, kinds, held):
     print(f"{label}: {p.minutes.iloc[0]:.1f} min, {p.steps.iloc[0]} steps\n{shown(table).to_markdown()}", flush=True)
 
 
-FIGURES = dict(auroc=('C1-C7', 'auroc'), metric=('all', 'metric'), patient=('patient_overall', 'auroc'), evidence=('C1-C7', 'evidence'))
+FIGURES = dict(auroc=('C1-C7', 'auroc'), metric=('all', 'metric'), patient=('patient_overall', 'auroc'), evidence=('C1-C7', 'evidence'),
+               under_1mm=('under 1 mm', 'auroc'), over_3mm=('over 3 mm', 'auroc'))
 
 
 def differences(answers, truth, samples=1000):
