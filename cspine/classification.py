@@ -505,8 +505,8 @@ def predict_probabilities(
     device='cpu',  # torch device, e.g. 'cuda'
     prior=None,                   # (8,) answers for what is absent; None: the competition's
     evidence:bool=False,          # give back where the models looked, too
-):                                # (8,) float64 in the order of `TARGETS`; with evidence, and (7, groups, h, w) in [0, 1], the folds' mean, nan where absent
-    "The folds' mean probability for each target; the prior for a vertebra that is absent"
+):                                # (8,) float64 in the order of `TARGETS`; with evidence, and (7, groups, h, w) in [0, 1], the same mean, nan where absent
+    "The mean probability for each target, over folds and over the crops and their mirror image; the prior for a vertebra that is absent"
     p,heat = _answers(models, preset, crops, present, device, evidence)
     p = with_prior(p, np.asarray(present, bool), prior)
     return (p,heat) if evidence else p
@@ -521,7 +521,13 @@ def _answers(models, preset, crops, present, device='cpu', evidence=False):
     p,heat = np.full(8, np.nan),np.full((7,1,1,1), np.nan)
     if present.any():
         x,there = torch.from_numpy(crops)[None].to(device), torch.from_numpy(present)[None].to(device)
-        answers = [_looked(m.to(device).eval(), x, there) if evidence else (m.to(device).eval()(x, there).logits[0],None) for m in models]
-        p = np.mean([a.double().sigmoid().cpu().numpy() for a,_ in answers], axis=0)
-        if evidence: heat = np.mean([h.cpu().numpy() for _,h in answers], axis=0)
+        said,where = [],[]
+        for m in models:
+            m.to(device).eval()
+            for seen,back in ((x, lambda h: h),(x.flip(-1), lambda h: h.flip(-1))):
+                logits,h = _looked(m, seen, there) if evidence else (m(seen, there).logits[0],None)
+                said.append(logits.double().sigmoid().cpu().numpy())
+                if evidence: where.append(back(h).cpu().numpy())
+        p = np.mean(said, axis=0)
+        if evidence: heat = np.mean(where, axis=0)
     return p,heat
