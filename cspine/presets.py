@@ -250,7 +250,7 @@ PRESETS = dict(
             augment='neck3d', epochs=5, steps=400, batch=1, lr=2e-3, weight_decay=1e-2, ema=0.99),
         ClassificationPreset(encoder='tu-tf_efficientnet_lite0', pretrained=True, decoder_channels=(), slices=30,
             size=128, margin_mm=4., window=(1800,400), tilt=False, isolate=True, group=3, every=2, along='vertebrae', mask_channel=False, head='cells', sampled=5, slice_loss=1., cell_loss=.25,
-            classes=7, hidden=128, layers=2, patient='max', mask_loss=0., dropout=0.2, frozen=3, loss='competition', balance=0., mixup=0., augment='light', epochs=8, batch=1, lr=1e-3, weight_decay=1e-2, ema=0.998),
+            classes=7, hidden=128, layers=2, patient='head', mask_loss=0., dropout=0.2, frozen=3, loss='competition', balance=0., mixup=0., augment='light', epochs=8, batch=1, lr=1e-3, weight_decay=1e-2, ema=0.998),
         DetectionPreset(model='yolov5n', size=128, slice_mm=2., confidence=.25, predicted=0,
             epochs=10, batch=16, lr=2e-3, weight_decay=1e-2, ema=0.99), boxes='mask'),
 )

@@ -44,7 +44,7 @@ _WINNER = dict(_SEQUENCE, encoder='tu-tf_efficientnetv2_s', group=5, mask_channe
 _LITE = dict(encoder='tu-tf_efficientnet_lite0', hidden=128)   # the one with ImageNet weights that a package brings
 
 _BOXES = dict(_SEQUENCE, head='cells', slice_loss=1., cell_loss=.25)
-_BEST = dict(_BOXES, group=3, along='vertebrae', sampled=5, layers=2, patient='max', dropout=.2, frozen=3)
+_BEST = dict(_BOXES, group=3, along='vertebrae', sampled=5, layers=2, patient='head', dropout=.2, frozen=3)
 _PAPER = dict(_CRACK, encoder='resnet101', decoder_channels=(256,128,64,32,16), hidden=256, patient='noisy_or', mask_loss=1.),dict(_LITE, decoder_channels=(64,48,32,24,16))
 
 CLASSIFICATION = dict(
