@@ -11,7 +11,7 @@ DATA   := build/phantom
 CSV    := build/submission.csv
 PAGE   := build/submission.html
 SOURCES := $(shell find cspine submission -type f -not -path '*/__pycache__/*')
-# Studies that no training has seen: the demo bundle's phantoms come from DEMO_SEED and 2000.
+# Studies that no training has seen: the demo bundle's phantoms come from DEMO_SEED, 2000 and 12000.
 TEST_STUDIES := 16
 TEST_SEED    := 7
 DEMO_SEED    := 1000
@@ -82,7 +82,7 @@ $(VENV)/code.stamp: $(SOURCES) | $(VENV)/base.stamp
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
-# Trains the demo bundle, and puts the figures on the 40 studies held out here into its card.
+# Trains a demo bundle like the one that is there, and puts the figures on the 40 studies held out here into its card.
 # Stage 1 learns on necks at the competition's prevalence, stage 2 on others that are broken more often (more to learn from).
 DEMO := build/demo
 demo-bundle: $(VENV)/test.stamp $(VENV)/code.stamp

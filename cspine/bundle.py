@@ -192,6 +192,7 @@ def bundle(
         for fold,f in files[s].items():
             try: weights[s][fold] = load_file(f)
             except Exception as e: raise CspineError(f'{f} is damaged ({e}); train the fold again') from None
+            if wild := [k for k,v in weights[s][fold].items() if not v.isfinite().all()]: raise CspineError(f'{f} holds what is not a number ({wild[0]}, {len(wild)} of {len(weights[s][fold])} tensors); train the fold again')
             _fill(_build(s, preset), weights[s][fold], f)
     card = dict(name=preset.name, not_for=DISCLAIMER) | (card or {}) | dict(runs=_finite(cards))
     out = _write_bundle(out, preset, weights, PRIOR, prevalence_odds(cards['classification']), card)
@@ -259,6 +260,7 @@ def load_bundle(
             raise CspineError('this installation has no demo bundle; name one with --bundle, or train one (cspine train, cspine bundle)')
         print('using the demo bundle that comes with cspine, trained on the phantoms of `cspine phantom`: a demonstration, never a diagnosis', file=sys.stderr)
     if not folder.is_dir(): raise CspineError(f'there is no bundle folder {folder}; check --bundle')
+    if (folder/'run.json').exists() and not (folder/'bundle.json').exists(): raise CspineError(f'{folder} is not a bundle but a run: make one of both stages with `cspine bundle RUN RUN --out BUNDLE`')
     meta = _read_json(folder/'bundle.json', 'bundle')
     if meta.get('format') != FORMAT:
         raise CspineError(f'{folder} has bundle format {meta.get("format")!r} and this cspine reads {FORMAT}; '

@@ -118,9 +118,11 @@ def train_classification(
     preset: PresetOption = 'tiny', fold: Fold = '0', epochs: Epochs = None, resume: Resume = False, weights: Weights = None,
     device: Device = None, precision: Precision = 'auto', batch: Batch = None, model: Model = None):
     "Train stage 2: from seven crops to eight probabilities."
-    from cspine.training import train_classification
-    return train_classification(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs,
+    from cspine.training import train_classification,_rank
+    run = train_classification(data, preset=preset, segmentation=segmentation, out=out, fold=_number(fold), epochs=epochs,
                                 resume=resume, weights=weights, crops=crops, detection=detection, device=device, precision=precision, batch=batch, model=model)
+    if not _rank(): print(f'run: {run}; its figures: cspine evaluate {run} --data {data}; a bundle: cspine bundle {segmentation or "STAGE_1"} {run} --out BUNDLE')
+    return run
 
 def _number(fold): return fold if fold == 'all' else int(fold)
 
@@ -303,7 +305,7 @@ def _shown(table):
 
 @app.command(epilog='Example: cspine rivals')
 def rivals():
-    "Show the models that the paper compares with, as --model takes them."
+    "Show the models that the paper compares with, as --model takes them: parameters as published, and (small) as in tiny; what they see; where they come from."
     from cspine.rivals import rivals
     return _shown(rivals())
 

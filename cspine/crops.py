@@ -16,7 +16,7 @@ from .cropping import boxes_from_labels,crop_fractures,crop_masks,crop_slices,cr
 from .detection import predict_boxes
 from .dicom import DicomError,read_series,study_files
 from .presets import LEVELS,ClassificationPreset,CspineError,Preset,get_preset,progress
-from .rsna import find_studies,read_boxes,read_folds,read_mask,read_train,validate_uid,write_whole
+from .rsna import find_studies,read_boxes,read_folds,read_mask,read_labels,validate_uid,write_whole
 from .segmentation import find_device,predict_labels
 
 # %% ../nbs/12_crops.ipynb #d3d4bf55
@@ -242,7 +242,7 @@ def crop_data_set(
     "The crops of a folder of studies on disk, made where they are not there yet; studies without a vertebra are named on stderr"
     data,out,device = Path(data).resolve(),Path(out).resolve(),str(find_device(device))   # the processes may have been begun in another folder
     if masks and not (bundle is None and detection is None): raise CspineError('either masks or networks cut the crops: leave out the masks, or the bundle and the detection run')
-    truth = read_train(data/'train.csv')
+    truth = read_labels(data)
     source = _Source(data/'segmentations', 'masks', replace(get_preset(preset or 'tiny'), boxes='mask'), {}, None, {}) if masks else _source(bundle, detection)
     whole = source.preset if preset is None else replace(source.preset, classification=get_preset(preset).classification)
     if model:
@@ -311,6 +311,8 @@ def _begin(out, made):
         ours,theirs = _fields(Preset.from_dict(made['preset']).classification),_fields(old.preset.classification)
         if other := [f'{k} {theirs[k]}, not {v}' for k,v in ours.items() if theirs[k] != v]:
             raise CspineError(f'{out} holds crops of another preset ({"; ".join(other)}): choose another folder, or delete it')
+        if (old.made.get('stage_1') == 'masks') != (made['stage_1'] == 'masks'):
+            raise CspineError(f'{out} holds crops that {"masks" if old.made["stage_1"] == "masks" else "networks"} cut: go on {"with" if old.made["stage_1"] == "masks" else "without"} --masks, or choose another folder, or delete it')
         if old.made.get('data') != made['data']: raise CspineError(f'{out} holds crops of the data {old.made.get("data")}, not of {made["data"]}: choose another folder, or delete it')
     elif out.exists() and (out.is_file() or any(out.iterdir())): raise CspineError(f'{out} exists and is no crop data set: choose another folder, or empty it')
     (out/'studies').mkdir(parents=True, exist_ok=True)

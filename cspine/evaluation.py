@@ -144,6 +144,12 @@ def _held_out(data, fold_of):
     out = [(k, {u:(train[u], mask('segmentations', u)) for u in fold_of.index[fold_of == k] if u in train and mask('segmentations', u).exists()}) for k in sorted(set(fold_of))]
     return [(k, s) for k,s in out if s]
 
+def _names(runs):
+    "Runs by as much of the end of their path as tells them apart"
+    paths = [Path(r).resolve() for r in runs]
+    if twice := [p for p in paths if paths.count(p) > 1]: raise CspineError(f'{twice[0]} is named twice; name each run once')
+    return next(names for n in range(1, max(len(p.parts) for p in paths)+1) if len(set(names := ['/'.join(p.parts[-n:]) for p in paths])) == len(paths))
+
 def evaluate(
     runs:list,           # runs of segmentation, or bundles; or runs of classification
     data:str,            # folder in the competition's layout: test_images/ with test_segmentations/, else what each fold has not seen of train_images/
@@ -154,10 +160,15 @@ def evaluate(
     threshold:float=.5,  # from which a row is called fractured, for runs of classification
 ) -> pd.DataFrame:       # of `summary`, by run; of runs of classification `cspine.metrics.evaluate_run`, by run
     "Score runs and bundles on the same studies that they have not seen"
+    if not runs: raise CspineError('name one or more runs to score')
+    for r in map(Path, runs):
+        if not r.is_dir(): raise CspineError(f'there is no folder {r}: name runs, or bundles')
+        if not any((r/f).exists() for f in ('run.json','bundle.json')): raise CspineError(f'{r} is neither a run nor a bundle: it has no run.json and no bundle.json')
+    names = dict(zip(map(Path, runs), _names(runs)))
     second = [r for r in map(Path, runs) if (r/'run.json').exists() and _read_json(r/'run.json', 'run folder').get('kind') == 'classification']
     if second:
         if len(second) < len(runs): raise CspineError(f'{second[0]} is a run of classification and others are not: score the two stages one after the other')
-        table = pd.concat([evaluate_run(r, data, threshold).assign(run=r.name) for r in second], ignore_index=True)
+        table = pd.concat([evaluate_run(r, data, threshold).assign(run=names[r]) for r in second], ignore_index=True)
         if out is not None: write_whole(Path(out), table.to_csv(index=False, lineterminator='\n'))
         return table
     data,device,tables,every = Path(data),find_device(device),[],[]
@@ -173,9 +184,9 @@ def evaluate(
         if not rows: raise CspineError(f'{data} has no study with a mask that {run} has not seen')
         rows = pd.concat(rows)
         if rows.empty: raise CspineError(f'no study of {data} can be evaluated by {run}; the reasons are above')
-        every.append(rows.assign(run=run.name))
+        every.append(rows.assign(run=names[run]))
         table = summary(rows) if 'dice' in rows else rows.groupby(['view','ordered'])[['accuracy','accuracy_all_background']].mean().reset_index().assign(studies=len(rows))
-        table.insert(0, 'run', run.name)
+        table.insert(0, 'run', names[run])
         tables.append(table)
     if out is not None: write_whole(Path(out), pd.concat(every).to_csv(index=False, lineterminator='\n'))
     return pd.concat(tables, ignore_index=True)

@@ -7,11 +7,12 @@ __all__ = ['ROWS', 'SIZES', 'calibration_error', 'fracture_metrics', 'shown', 'r
            'read_oof', 'evaluate_run']
 
 # %% ../nbs/24_metrics.ipynb #16a7223d
+import json,sys
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .presets import LEVELS,TARGETS,CspineError
-from .rsna import UID,_losses,best_constant,metric,read_table,read_train,validate_uid
+from .rsna import UID,_losses,best_constant,labels_sha256,metric,read_folds,read_table,read_labels,validate_uid
 
 # %% ../nbs/24_metrics.ipynb #beb4fbc7
 def calibration_error(
@@ -34,6 +35,10 @@ def _figures(y, p, threshold):
     return dict(auroc=roc_auc_score(y, p) if both else np.nan, auprc=average_precision_score(y, p) if n1 else np.nan,
                 sensitivity=share(hit, n1), specificity=share(n0-false, n0), f1=share(2*hit, n1+hit+false), ece=calibration_error(y, p/(2-p)))
 
+def _asked(samples, threshold):
+    if samples < 1: raise CspineError(f'an interval needs 1 or more samples of the bootstrap, got {samples}')
+    if not 0 <= threshold <= 1: raise CspineError(f'the threshold is a probability, 0 to 1, got {threshold}')
+
 ROWS = (*TARGETS[:7], 'C1-C7', 'patient_overall')   # C1-C7: all vertebrae as one row
 
 def _column(a, row):
@@ -46,7 +51,8 @@ def fracture_metrics(
     samples:int=1000,     # of the bootstrap over studies
     seed:int=0,           # of the bootstrap
 ) -> pd.DataFrame:        # a row per row and figure: row, figure, value, low, high (2.5th and 97.5th percentile), constant, fractured, of
-    "Every figure with its interval, beside what the best constant gets"
+    "Every figure with its interval, beside what the best constant gets; `CspineError` for what does not fit"
+    _asked(samples, threshold)
     w,loss = _losses(truth, guess)   # and says what does not fit
     guess = guess.loc[truth.index]
     flat = pd.DataFrame([best_constant(truth)]*len(truth), index=truth.index)
@@ -81,13 +87,25 @@ def read_kinds(
     df = read_table(path, {UID:validate_uid, 'level':str, 'kind':str})
     return df[df.level.isin(LEVELS)].groupby([UID,'level']).kind.agg(lambda k: k.iloc[0] if k.nunique() == 1 else 'several')
 
+def _above_0(text):
+    if not (v := float(text)) >= 0 or v == np.inf: raise ValueError(f'{text!r} is no length in mm')
+    return v
+
+def _share(text):
+    if not 0 <= (v := float(text)) <= 1: raise ValueError(f'{text!r} does not lie in 0 to 1')
+    return v
+
+def _hit(text):
+    if text not in ('0','1'): raise ValueError(f'{text!r} should be 0 or 1')
+    return int(text)
+
 SIZES = (1., 3.)   # mm: about a pixel, and what is seen at a glance
 
 def read_sizes(
     path,   # fractures.csv of `cspine phantom`
 ) -> pd.Series:   # 'under 1 mm', '1 to 3 mm' or 'over 3 mm', by uid and level (C1..C7)
     "How far each vertebra's fragments are apart at most: the larger of its widest gap and its largest displacement"
-    df = read_table(path, {UID:validate_uid, 'level':str, 'gap_mm':float, 'displacement_mm':float})
+    df = read_table(path, {UID:validate_uid, 'level':str, 'gap_mm':_above_0, 'displacement_mm':_above_0})
     size = df[df.level.isin(LEVELS)].assign(mm=lambda d: d[['gap_mm','displacement_mm']].max(axis=1)).groupby([UID,'level']).mm.max()
     return pd.cut(size, (-np.inf, *SIZES, np.inf), right=False, labels=('under {:g} mm'.format(SIZES[0]), '{:g} to {:g} mm'.format(*SIZES), 'over {:g} mm'.format(SIZES[1]))).astype(str)
 
@@ -99,7 +117,9 @@ def metrics_by_kind(
     samples:int=1000,
     seed:int=0,
 ) -> pd.DataFrame:        # as `fracture_metrics` gives it, a row per kind: auroc against all whole vertebrae, sensitivity
-    "Which fractures are found"
+    "Which fractures are found; `CspineError` for what does not fit"
+    _asked(samples, threshold)
+    _losses(truth, guess)   # says what does not fit
     guess = guess.loc[truth.index]
     y,p = truth[list(LEVELS)].to_numpy(),guess[list(LEVELS)].to_numpy()
     kind = np.array([[kinds.get((u, l), 'unknown') for l in LEVELS] for u in truth.index])
@@ -120,10 +140,23 @@ def metrics_by_kind(
 def read_oof(
     run,            # run folder of `train_classification`
 ) -> pd.DataFrame:  # index uid, columns `TARGETS`
-    "The answers of a run for the studies that their model has not seen"
+    "The answers of a run for the studies that their model has not seen; `CspineError` if one is missing"
     path = Path(run)/'oof.csv'
     if not path.exists(): raise CspineError(f'{run} has no oof.csv: it is a run of another stage, or no fold of it is trained to the end')
-    return read_table(path, {UID:validate_uid, **{t:float for t in TARGETS}}, key=[UID]).set_index(UID)
+    answers = read_table(path, {UID:validate_uid, **{t:float for t in TARGETS}}, key=[UID]).set_index(UID)
+    folds = read_folds(Path(run)/'folds.csv')
+    asked = folds.index[folds.isin(_said(run)['folds'])]
+    if lost := sorted(set(asked)-set(answers.index)): raise CspineError(f'{path} lacks {len(lost)} of the {len(asked)} studies of the trained folds, the first is {lost[0]}: put back the file that was written, or train those folds anew')
+    return answers
+
+def _said(run):
+    "run.json, where it says which folds are trained"
+    path = Path(run)/'run.json'
+    try:
+        said = json.loads(path.read_text())
+        said['folds'] = [int(k) for k in said['folds']]
+        return said
+    except (OSError,ValueError,KeyError,TypeError) as e: raise CspineError(f'{path} cannot be read ({type(e).__name__}: {e}), so nobody knows which folds are trained: train into another folder') from None
 
 def evaluate_run(
     run,                  # run folder of `train_classification`
@@ -132,15 +165,23 @@ def evaluate_run(
     samples:int=1000,     # of the bootstrap over studies
 ) -> pd.DataFrame:        # of `fracture_metrics`, and of `metrics_by_kind`
     "Figures of stage 2 from its out-of-fold answers"
-    guess,truth = read_oof(run),read_train(Path(data)/'train.csv')
+    guess,truth = read_oof(run),read_labels(data)
     if lost := sorted(set(guess.index)-set(truth.index)): raise CspineError(f'{run} knows {len(lost)} studies that {data}/train.csv does not, the first is {lost[0]}: it was trained on other data')
+    folds = read_folds(Path(run)/'folds.csv')
+    if (known := _said(run).get('labels_sha256')) and folds.index.isin(truth.index).all() and labels_sha256(truth.loc[folds.index]) != known:
+        print(f'the labels in {data}/train.csv are not those that {run} was trained on', file=sys.stderr)
     truth = truth.loc[guess.index]
     at = Path(run)/'evidence.csv'
     table = fracture_metrics(truth, guess, threshold, samples)
     if (path := Path(data)/'fractures.csv').exists():
         table = pd.concat([table, *(metrics_by_kind(truth, guess, read(path), threshold, samples) for read in (read_kinds, read_sizes))], ignore_index=True)
-    if at.exists() and len(hits := read_table(at, {UID:validate_uid, 'hit':int, 'share':float})): table = pd.concat([table, _evidence(hits, samples)], ignore_index=True)
+    if at.exists() and len(hits := _read_evidence(at, guess.index)): table = pd.concat([table, _evidence(hits, samples)], ignore_index=True)
     return table
+
+def _read_evidence(path, uids):
+    hits = read_table(path, {UID:validate_uid, 'hit':_hit, 'share':_share})
+    if foreign := sorted(set(hits[UID])-set(uids)): raise CspineError(f'{path} has {len(foreign)} studies that oof.csv beside it has not, the first is {foreign[0]}: put back the files that were written together')
+    return hits
 
 def _evidence(hits, samples, seed=0):
     "The share of boxed fractures whose box holds the model's strongest point, and what a point of the bone by chance would have"

@@ -84,6 +84,8 @@ class SegmentationPreset:
         "Does the model read slice after slice?"
         return self.model in ('unet2d','visible2d')
 
+    def __post_init__(self): _checked(type(self), {f.name:getattr(self, f.name) for f in fields(self)}, 'segmentation')
+
 @dataclass(frozen=True)
 class DetectionPreset:
     "YOLOv5: from windowed slices to a box per vertebra"
@@ -97,6 +99,8 @@ class DetectionPreset:
     lr:float                # peak of the cosine
     weight_decay:float
     ema:float               # decay of the moving average of the weights; 0: none
+
+    def __post_init__(self): _checked(type(self), {f.name:getattr(self, f.name) for f in fields(self)}, 'detection')
 
 @dataclass(frozen=True)
 class ClassificationPreset:
@@ -144,6 +148,8 @@ class ClassificationPreset:
         "Planes of a vertebra as the network sees it: the slices of each group, and its mask"
         return self.groups*(self.group + self.mask_channel)
 
+    def __post_init__(self): _checked(type(self), {f.name:getattr(self, f.name) for f in fields(self)}, 'classification')
+
 @dataclass(frozen=True)
 class Preset:
     "All that a run needs to know, by name"
@@ -184,6 +190,7 @@ _LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64
                lr=(1e-9,10), weight_decay=(0,10), ema=(0,.99999), slices=(1,512), margin_mm=(0,100), window=(-10000,10000), group=(1,512), every=(1,512),
                sampled=(0,512), slice_loss=(0,1000), cell_loss=(0,1000), mask_loss=(0,1000), hidden=(1,4096), layers=(0,16), dropout=(0,.99), frozen=(0,99), balance=(0,1), mixup=(0,100),
                slice_mm=(0,20), confidence=(.001,.999), predicted=(0,10**6))
+_WHOLE = 'widths','low_widths','decoder_channels'
 _ENCODER = re.compile(r'[A-Za-z0-9_.-]+')   # timm takes "hf-hub:..." and "local-dir:..." for a place to load from
 
 def _plain(d): return {k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k,v in d.items()}
@@ -212,7 +219,7 @@ def _checked(cls, d, where):
         if k in _LIMITS and v is not None:
             low,high = _LIMITS[k]
             for n in v if isinstance(v, tuple) else (v,):
-                if isinstance(n, bool) or not isinstance(n, (int,float)) or not low <= n <= high:
+                if isinstance(n, bool) or not isinstance(n, int if k in _WHOLE else (int,float)) or not low <= n <= high:
                     raise CspineError(f'{where} field {k} of the preset should lie in {low:g} to {high:g}, got {v!r}')
         if k == 'encoder' and v is not None and not _ENCODER.fullmatch(v):
             raise CspineError(f'{where} field encoder of the preset should be the name of an encoder of segmentation-models-pytorch, got {v!r}')
@@ -223,6 +230,10 @@ def _checked(cls, d, where):
         raise CspineError(f"{where} of the preset: every should divide the slices and group not be above them, got {out['slices']} slices, a group of {out['group']} every {out['every']}")
     if cls is ClassificationPreset and out['sampled'] and out['along'] != 'vertebrae':
         raise CspineError(f"{where} of the preset: an LSTM along the {out['along']} has to see all groups of slices, so sampled should be 0, got {out['sampled']}")
+    if cls is ClassificationPreset and out['head'] == 'cells' and out['size'] % 16:
+        raise CspineError(f"{where} field size of the preset should be a multiple of 16, the side of a cell, got {out['size']}")
+    if cls is ClassificationPreset and out['decoder_channels'] and out['classes'] < len(LEVELS):
+        raise CspineError(f"{where} field classes of the preset should be {len(LEVELS)} or more, a channel of the map for each of C1-C7, got {out['classes']}")
     if cls is DetectionPreset and out['size'] % 32:
         raise CspineError(f'{where} field size of the preset should be a multiple of 32, which YOLO halves five times, got {out["size"]}')
     needs = dict(unet2d=('encoder','size'), visible2d=('encoder','size'), resnet3d=('encoder','spacing','patch'), unet3d=('spacing','patch','widths'),
@@ -258,12 +269,17 @@ PRESETS['best'] = replace(PRESETS['tiny'], name='best', segmentation=replace(PRE
     classification=replace(PRESETS['tiny'].classification, encoder='tu-tf_efficientnetv2_s', size=256, hidden=256, epochs=15, batch=2, lr=5e-4),
     detection=replace(PRESETS['paper'].detection))
 
+def _near(name, names):
+    "What was meant, perhaps, for the end of a message"
+    from difflib import get_close_matches
+    return f'. Did you mean {near[0]}?' if (near := get_close_matches(str(name), list(names), 1)) else ''
+
 def get_preset(
     name:str,   # a key of `PRESETS`, or a Preset, which comes back as it is
 ) -> Preset:
     "The preset of that name"
     if isinstance(name, Preset): return name
-    if name not in PRESETS: raise CspineError(f'there is no preset {name!r}; the presets are {", ".join(PRESETS)}')
+    if not isinstance(name, str) or name not in PRESETS: raise CspineError(f'there is no preset {name!r}; the presets are {", ".join(PRESETS)}{_near(name, PRESETS)}')
     return PRESETS[name]
 
 def presets():   # DataFrame, a row per field, a column per preset

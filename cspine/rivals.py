@@ -7,7 +7,7 @@ __all__ = ['SEGMENTATION', 'CLASSIFICATION', 'RIVALS', 'Rival', 'with_model', 'r
 
 # %% ../nbs/14_rivals.ipynb #b57bcb51
 from dataclasses import dataclass,replace
-from .presets import CspineError,Preset,get_preset
+from .presets import CspineError,Preset,get_preset,_near
 
 # %% ../nbs/14_rivals.ipynb #ce3838b2
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ CLASSIFICATION = dict(
     vit=Rival('the paper, related work', 'single slices', dict(_SEQUENCE, encoder='vit_base_patch16_224', hidden=256), dict(encoder='vit_tiny_patch16_224')),
     yolov5=Rival("the paper, Table II: YOLOv5 on the fractures' boxes", 'single slices; their cells of 16 px', dict(_BOXES, encoder='yolov5s', pretrained=False, layers=0, patient='max', hidden=256), dict(encoder='yolov5n', hidden=128)),
     resnet50_no_crop=Rival('the paper, Table II, without cropping', 'single slices of all of the neck about the vertebra', dict(_SEQUENCE, encoder='resnet50', hidden=256, margin_mm=60., isolate=False), dict(encoder='resnet18', hidden=128)),
-    cnn_svm=Rival('the paper, Table III, CNN-SVM', 'single slices', dict(_SEQUENCE, encoder='resnet50', hidden=256, frozen=9, layers=0, loss='hinge', patient='max'), _LITE),
+    cnn_svm=Rival('the paper, Table III, CNN-SVM', 'single slices', dict(_SEQUENCE, encoder='resnet50', hidden=256, frozen=99, layers=0, loss='hinge', patient='max'), _LITE),
     slice_lstm=Rival("the competition's first place", '15 times 5 neighbouring slices and the mask', dict(_WINNER, hidden=256), _LITE),
     slice_lstm_patient=Rival("the competition's first place, its patient model", 'the same of all vertebrae', dict(_WINNER, hidden=256, along='neck'), _LITE),
     best=Rival('ours', '15 times 3 neighbouring slices, their cells of 16 px', dict(_BEST, encoder='tu-tf_efficientnetv2_s', hidden=256), _LITE),
@@ -75,12 +75,13 @@ def with_model(
     stage:str='segmentation',   # which the model should be of
 ) -> Preset:
     "A preset one of whose stages is another model"
+    if stage not in RIVALS: raise CspineError(f'the stages that have rivals are {", ".join(RIVALS)}, not {stage!r}')
     preset = get_preset(preset)
     seg = preset.segmentation
     if model is not None:
         if model not in RIVALS[stage]:
             other = [k for k in RIVALS if model in RIVALS[k]]
-            raise CspineError(f'{model} is of stage {other[0]}, not of {stage}' if other else f'there is no model {model!r} of stage {stage}; `cspine rivals` shows them: {", ".join(RIVALS[stage])}')
+            raise CspineError(f'{model} is of stage {other[0]}, not of {stage}' if other else f'there is no model {model!r} of stage {stage}; `cspine rivals` shows them: {", ".join(RIVALS[stage])}{_near(model, RIVALS[stage])}')
         rival = RIVALS[stage][model]
         if stage == 'classification':
             cls = preset.classification

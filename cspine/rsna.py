@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UID', 'KIND', 'ROW', 'VALUE', 'PREVALENCE', 'PRIOR', 'TableError', 'MaskError', 'validate_uid', 'read_table',
-           'read_train', 'read_test', 'read_boxes', 'read_submission', 'find_studies', 'test_rows', 'write_whole',
-           'write_submission', 'read_mask', 'write_mask', 'folds', 'split_80_20', 'write_folds', 'read_folds', 'metric',
-           'best_constant', 'score', 'versus_constant']
+           'read_train', 'read_labels', 'read_test', 'read_boxes', 'read_submission', 'find_studies', 'test_rows',
+           'write_whole', 'write_submission', 'read_mask', 'write_mask', 'folds', 'split_80_20', 'write_folds',
+           'read_folds', 'labels_sha256', 'metric', 'best_constant', 'score', 'versus_constant']
 
 # %% ../nbs/03_rsna.ipynb #72a6a780
 import csv,hashlib,io,math,os,re,sys,tempfile
@@ -131,6 +131,18 @@ def read_train(
     if not len(df): raise TableError(f'{path} names no study below its header: one row per study')
     df.attrs = {}
     return df.astype(int)
+
+def read_labels(
+    data,           # folder in the competition's layout
+)->pd.DataFrame:    # of `read_train`
+    "What a folder's train.csv says; `TableError` says which folder is meant"
+    data = Path(data)
+    want = 'name the folder that holds train.csv and train_images/'
+    if not data.is_dir(): raise TableError(f'{data} {"is a file" if data.exists() else "does not exist"}: {want}')
+    if not (data/'train.csv').exists():
+        above = data.resolve().parent
+        raise TableError(f'{data} has no train.csv: {want}{f", here {above}" if (above/"train.csv").exists() else ""}')
+    return read_train(data/'train.csv')
 
 def read_test(
     path,           # test.csv
@@ -368,6 +380,12 @@ def read_folds(
 )->pd.Series:       # uid -> fold
     "Read what `write_folds` wrote"
     return read_table(path, {UID:validate_uid, 'fold':_whole}, key=[UID]).set_index(UID)['fold']
+
+def labels_sha256(
+    truth:pd.DataFrame,   # index uid, columns `TARGETS`, 0 or 1
+)->str:
+    "A fingerprint of studies and their labels, whatever their order"
+    return hashlib.sha256(truth[list(TARGETS)].astype(int).sort_index().rename_axis(UID).to_csv(lineterminator='\n').encode()).hexdigest()
 
 # %% ../nbs/03_rsna.ipynb #2c695035
 _EPS = 1e-15                                                   # a probability of 0 or 1 costs at most -log(1e-15) = 34.5

@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'EVERY', 'fit', 'read_run', 'train_segmentation', 'train_classification', 'train_detection']
 
 # %% ../nbs/20_training.ipynb #8a4fc4b7
-import contextlib,hashlib,inspect,io,json,operator,os,pickle,platform,re,sys,time,warnings
+import contextlib,hashlib,inspect,io,json,operator,os,pickle,platform,re,sys,time,warnings,zipfile
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial,reduce,wraps
@@ -17,13 +17,13 @@ import torch
 from filelock import FileLock,Timeout
 from safetensors.torch import save_file
 from .presets import LEVELS,TARGETS,CspineError,Preset,get_preset,progress,_clock
-from .rsna import find_studies,folds,read_folds,read_mask,read_train,write_folds,write_whole
+from .rsna import find_studies,folds,labels_sha256,read_folds,read_mask,read_labels,write_folds,write_whole
 from .dicom import DicomError,read_series,study_files
 from .encoders import load_encoder_weights
 from .rivals import with_model
 from .cropping import boxes_from_labels,crop_planes
 from .crops import CROP_FIELDS,Crops,_room,_source,crop_data_set,crop_key
-from .classification import ClassificationFigures,CrackNetBiLSTM,CropDataset,FractureLoss,cross_calibrated,_answers,evidence_hits,fit_calibration,with_prior
+from .classification import ClassificationFigures,CrackNetBiLSTM,classification_figures,CropDataset,FractureLoss,cross_calibrated,_answers,evidence_hits,fit_calibration,with_prior
 from .segmentation import (CubeDataset,FineDataset,SegmentationFigures,SliceDataset,VisibleFigures,build_segmentation,cache_studies,channels_last,low_preset,
                                  fast_dtype,find_device,predict_labels,segmentation_loss)
 
@@ -326,8 +326,13 @@ def _checkpoints(fold):
 def _newest(found, device):
     "The newest checkpoint that can be read, and its path; says which cannot"
     for path in reversed(found):
-        try: return torch.load(path, map_location=device, weights_only=True),path
-        except (OSError,RuntimeError,EOFError,KeyError,ValueError,pickle.UnpicklingError) as e:
+        try:
+            with zipfile.ZipFile(path) as z:
+                if bad := z.testzip(): raise ValueError(f'{bad} in it is not what was written')   # torch does not look
+            ck = torch.load(path, map_location=device, weights_only=True)
+            if not isinstance(ck, dict) or not {'epoch','epochs','step','rows','model','ema','opt','scaler'} <= set(ck): raise ValueError('it holds something else')
+            return ck,path
+        except (OSError,RuntimeError,EOFError,KeyError,ValueError,zipfile.BadZipFile,pickle.UnpicklingError) as e:
             print(f'{path} is damaged and left out ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__})', file=sys.stderr)
     raise CspineError(f'no checkpoint in {found[0].parent} can be read: train without --resume, into another folder')
 
@@ -394,8 +399,11 @@ def read_run(
     "What a run folder holds"
     path = Path(run)/'run.json'
     if not path.exists(): raise CspineError(f'{run} is no run folder: it has no run.json (`cspine train` makes run folders)')
-    d = json.loads(path.read_text())
-    return {**d, 'preset':Preset.from_dict(d['preset'])}
+    try:
+        d = json.loads(path.read_text())
+        preset,_,_ = d['preset'],d['kind'],d['folds']
+    except (OSError,ValueError,KeyError,TypeError) as e: raise CspineError(f'{path} is damaged ({type(e).__name__}: {e}): train into another folder') from None
+    return {**d, 'preset':Preset.from_dict(preset)}
 
 def _origin(data):
     "Where the studies come from, for the card: phantoms say how they were made, other folders have a name"
@@ -418,15 +426,17 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
     "The run's folder and its folds; a study in `known` (uid -> fold) keeps its own; `crops_by`: the SHA-256 of what cut the crops; `which`: the folds to train"
     _need_fastai()   # now, not after the reading
     out,path = Path(out),Path(out)/'run.json'
-    same = True
-    d = dict(kind=kind, preset=preset.to_dict(), data=_origin(data), folds=[], seed=preset.seed, figures={}, **({'crops_by':crops_by} if crops_by else {}))
+    same,labels = True,labels_sha256(table) if kind == 'classification' else None   # of the others, masks are the truth
+    d = dict(kind=kind, preset=preset.to_dict(), data=_origin(data), folds=[], seed=preset.seed, figures={}, **({'labels_sha256':labels} if labels else {}), **({'crops_by':crops_by} if crops_by else {}))
     if path.exists():
         old = read_run(out)
         if old['kind'] != kind: raise CspineError(f'{out} is a run of {old["kind"]}, not of {kind}; choose another folder')
         of = (kind,'folds','seed') + (('boxes','segmentation')+(('detection',) if preset.boxes == 'yolo' else ()) if kind == 'classification' else ())
         same = all(getattr(old['preset'], f) == getattr(preset, f) for f in of) and old.get('crops_by') == crops_by
         if resume and not same:
-            raise CspineError(f'{out} was begun with another preset, model or number of epochs, or on crops that other networks cut; resume it with those, or choose another folder')
+            raise CspineError(f'{out} was begun with another preset, model or number of epochs, or on crops that other networks cut ({_otherwise(old, preset, of, crops_by)}); resume it with those, or choose another folder')
+        if (resume or old['folds']) and same and old.get('labels_sha256', labels) != labels:
+            raise CspineError(f'{out} was begun with other studies, or other labels of them, than {data}/train.csv has now ({len(table)} studies to train on); go on with those, or choose another folder')
         if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
         if same and known is None and (out/'folds.csv').exists(): known = read_folds(out/'folds.csv')   # what it was begun with
     elif out.exists() and (out.is_file() or any(out.iterdir())):
@@ -447,6 +457,16 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
         _write_json(path, d)
         write_folds(fold_of, out/'folds.csv')
     return out,fold_of
+
+def _otherwise(old, preset, of, crops_by, most=4):
+    "What a run was begun with, field by field, and is not asked now"
+    a,b = ({f:d[f] for f in of} for d in (old['preset'].to_dict(), preset.to_dict()))
+    flat = lambda d: {f'{f}.{k}' if isinstance(v, dict) else f:w for f,v in d.items() for k,w in (v.items() if isinstance(v, dict) else [(f,v)])}
+    a,b = flat(a),flat(b)
+    other = [f'{k} {a[k]}, not {b[k]}' for k in a if a[k] != b.get(k)]
+    if old['preset'].name != preset.name: other.insert(0, f'{old["preset"].name}, not {preset.name}')
+    if old.get('crops_by') != crops_by: other.insert(0, 'other crops')
+    return '; '.join(other[:most]) + (f' and {len(other)-most} more' if len(other) > most else '')
 
 def _untrained(out, which, resume):
     "Of these folds those that are not trained yet, if training goes on; says which are"
@@ -488,13 +508,12 @@ def train_segmentation(
 ) -> Path:                      # the run folder
     "Train stage 1 on the studies that have a mask, split by study"
     preset,data = with_model(preset, model, input),Path(data)
-    if epochs:
-        seg = preset.segmentation
-        preset = replace(preset, segmentation=replace(seg, epochs=int(epochs), low_epochs=min(int(epochs), seg.low_epochs)))
-    if batch: preset = replace(preset, segmentation=replace(preset.segmentation, batch=int(batch)))
+    changed = {k:int(v) for k,v in dict(epochs=epochs, batch=batch).items() if v is not None}
+    if 'epochs' in changed: changed['low_epochs'] = min(changed['epochs'], preset.segmentation.low_epochs)
+    if changed: preset = replace(preset, segmentation=replace(preset.segmentation, **changed))
     seg = preset.segmentation
     if weights and not seg.by_slice: raise CspineError(f'preset {preset.name} has a 3D network in stage 1, which no encoder weights fit; leave out --weights')
-    table = read_train(data/'train.csv')
+    table = read_labels(data)
     which = _which(fold, preset.folds)
     masked = [u for u in table.index if (data/'segmentations'/f'{u}.nii').exists()]
     if len(masked) < 2: raise CspineError(f'{data}/segmentations has masks for {len(masked)} of the {len(table)} studies in train.csv; two or more are needed')
@@ -548,25 +567,27 @@ def train_classification(
 ) -> Path:                        # the run folder
     "Train stage 2 on the crops that stage 1 finds, split as stage 1 was"
     preset,data = with_model(preset, model, stage='classification'),Path(data)
-    if (segmentation is None) == (crops is None): raise CspineError('stage 2 learns from crops: name either the segmentation run that cuts them, or a crop data set')
+    if (segmentation is None) == (crops is None): raise CspineError('stage 2 learns from crops: name either the segmentation run that cuts them (--segmentation RUN), or a crop data set (--crops CROPS, of `cspine crop`)')
     if crops is None:
         if (kind := read_run(segmentation)['kind']) != 'segmentation': raise CspineError(f'{segmentation} is a run of {kind}; stage 2 needs one of segmentation')
         source = _source(segmentation, detection)
         begun,known,by = source.preset,read_folds(Path(segmentation)/'folds.csv'),source.sha256
     elif detection is not None: raise CspineError(f'{crops} holds crops that are cut; leave out the detection run, or make others with `cspine crop --detection`')
     else: (begun,known),by = _ready(store := Crops(crops), preset, model),{k:v for k,v in store.made.items() if k.endswith('sha256')}
-    if epochs: preset = replace(preset, classification=replace(preset.classification, epochs=int(epochs)))
-    if batch: preset = replace(preset, classification=replace(preset.classification, batch=int(batch)))
+    changed = {k:int(v) for k,v in dict(epochs=epochs, batch=batch).items() if v is not None}
+    if changed: preset = replace(preset, classification=replace(preset.classification, **changed))
     if preset.boxes == 'yolo' and begun.boxes == 'mask': print(f"preset {preset.name} cuts by YOLO's boxes; without --detection, the label map's cut", file=sys.stderr)
     # the crops are of that stage 1 and its YOLO, and so are the folds
     preset = replace(preset, name=preset.name if begun.segmentation == preset.segmentation else f'{begun.name}-{model}' if model else begun.name,
                      **{f:getattr(begun, f) for f in ('segmentation','folds','seed','boxes')})
     if preset.boxes == 'yolo': preset = replace(preset, detection=begun.detection)
     cls = preset.classification
-    table = read_train(data/'train.csv')
+    table = read_labels(data)
     if crops is not None:
         if n := len(table) - len(table := table[table.index.isin(store.table.index)]): print(f'{n} studies of {data}/train.csv are not in {crops}, they are left out', file=sys.stderr)
     if weights not in (None,'none') and not cls.pretrained: raise CspineError(f'the stage 2 of {preset.name} starts from random weights; leave out --weights')
+    if (cls.slice_loss or cls.cell_loss) and not (data/'train_bounding_boxes.csv').exists():
+        print(f'{data} has no train_bounding_boxes.csv: where in a vertebra a fracture is, stage 2 is told of none; whole vertebrae alone teach its slices and cells', file=sys.stderr)
     which = _which(fold, preset.folds)
     _dtype(precision, _place(device)[0])   # what cannot be is said now
     with _first(): out,fold_of = _start_run(out, 'classification', preset, data, table, resume, known, by, which)
@@ -580,9 +601,9 @@ def train_classification(
         model = CrackNetBiLSTM(cls)
         if cls.pretrained:
             begun = out/f'fold{k}'/'encoder.json'
-            if resume and begun.exists() and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt')): frozen = json.loads(begun.read_text())['frozen']   # a checkpoint has the weights
+            if resume and begun.exists() and any((out/f'fold{k}'/'checkpoints').glob('epoch_*.pt')): frozen = _frozen(begun)   # a checkpoint has the weights
             else:
-                said = load_encoder_weights(model.encoder, cls.encoder, weights, print)
+                said = load_encoder_weights(model.encoder, cls.encoder, weights, partial(print, flush=True))
                 frozen = 'random weights' not in said   # what starts at random has to learn
                 if _rank() == 0:
                     begun.parent.mkdir(exist_ok=True)
@@ -596,6 +617,10 @@ def train_classification(
         _finish_fold(out, k, log, dict(train=len(train), valid=len(valid),
             positives={t:int(n) for t,n in table.loc[train, list(TARGETS)].sum().items()}))   # for the bundle's odds
     return out
+
+def _frozen(path):
+    try: return bool(json.loads(path.read_text())['frozen'])
+    except (ValueError,KeyError,TypeError): raise CspineError(f'{path} is damaged, and says no more whether stages of the encoder are frozen: remove {path.parent} and train the fold anew') from None
 
 def _ready(store, preset, model=None):
     "Preset and folds of a crop data set's stage 1; `CspineError` if its crops are not what the preset asks for"
@@ -620,12 +645,16 @@ def _write_oof(out, k, model, cls, fold_of, store, table):
         raw[u],heat = _answers([model], cls, crops, present, device, evidence=True)
         seen[u] = present
         if u in store: met += [(u, k, LEVELS[level], int(hit), round(share, 4)) for level,hit,share in evidence_hits(heat, s)]
+    if wild := [u for u in raw if seen[u].any() and not np.isfinite(raw[u]).all()]:
+        raise CspineError(f'fold {k} of {out} answers for {len(wild)} studies, of which {wild[0]} is the first, with what is not a number: remove {out}/fold{k} and train it anew, at a smaller learning rate if it happens again')
     p,there = np.array(list(raw.values())),np.array(list(seen.values()))
     truth = table.loc[list(raw), list(TARGETS)].to_numpy()
     scale,shift = fit_calibration(truth, p, there)
     model.scale.copy_(torch.from_numpy(scale)); model.shift.copy_(torch.from_numpy(shift))
     _save_weights(model, out/f'fold{k}')
     p = with_prior(cross_calibrated(truth, p, there), there)   # not by its own truth, since it will be scored
+    of = classification_figures(truth, p)
+    print(f'fold {k}: metric {of["metric"]:.3f}, best constant {of["best_constant"]:.3f}, AUROC of vertebrae {of["auroc"]:.3f}, on {len(p)} studies that it has not learned from', file=sys.stderr, flush=True)
     rows = {u:dict(fold=k, **dict(zip(TARGETS, row))) for u,row in zip(raw, p)}
     for name,new in (('oof', pd.DataFrame(rows).T.rename_axis('StudyInstanceUID').reset_index()), ('evidence', pd.DataFrame(met, columns=['StudyInstanceUID','fold','level','hit','share']))):
         if (path := out/f'{name}.csv').exists():
@@ -702,7 +731,7 @@ def train_detection(
     begun = seg_run['preset']
     preset = replace(preset, name=preset.name if begun.segmentation == preset.segmentation else begun.name, detection=det, **{f:getattr(begun, f) for f in ('segmentation','folds','seed')})
     build_detection(det)   # without ultralytics: now, not after the reading
-    table = read_train(data/'train.csv')
+    table = read_labels(data)
     which = _which(fold, preset.folds)
     masked = [u for u in table.index if _mask_file(data, u).exists()]
     extra = [u for u in table.index if u not in set(masked)]

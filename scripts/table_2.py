@@ -179,7 +179,7 @@ def show(out, label, truth, kinds, held):
 
 
 FIGURES = dict(auroc=('C1-C7', 'auroc'), metric=('all', 'metric'), patient=('patient_overall', 'auroc'), evidence=('C1-C7', 'evidence'),
-               under_1mm=('under 1 mm', 'auroc'), over_3mm=('over 3 mm', 'auroc'))
+               under_1mm=('under 1 mm', 'auroc'), from_1_to_3mm=('1 to 3 mm', 'auroc'), over_3mm=('over 3 mm', 'auroc'))
 
 
 def differences(answers, truth, samples=1000):

@@ -385,14 +385,22 @@ def test_a_finished_fold_is_left_alone_when_a_run_goes_on(data, seg_run, tmp_pat
     assert (run/'fold0'/'model.safetensors').exists() and sorted(set(pd.read_csv(run/'oof.csv').fold)) == [0, 1]
 
 
-def test_a_damaged_checkpoint_is_left_out(data, seg_run, tmp_path, monkeypatch, capsys):
+def _other_bytes(path):
+    "As a disk goes bad: the archive opens, some weights are others"
+    b = bytearray(path.read_bytes())
+    b[len(b)//2:len(b)//2+2000] = np.random.default_rng(0).integers(0, 256, 2000, np.uint8).tobytes()
+    path.write_bytes(bytes(b))
+
+
+@pytest.mark.parametrize('damage', [lambda p: p.write_bytes(p.read_bytes()[:5000]), _other_bytes, lambda p: torch.save([1, 2], p)], ids=['cut', 'bytes', 'else'])
+def test_a_damaged_checkpoint_is_left_out(data, seg_run, tmp_path, monkeypatch, capsys, damage):
     whole = train(data, seg_run, tmp_path/'whole')
     def stopped(*_): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(training, '_write_oof', stopped)
         with pytest.raises(KeyboardInterrupt): train(data, seg_run, tmp_path/'r')
     *_, older, newest = sorted((tmp_path/'r'/'fold0'/'checkpoints').glob('epoch_*.pt'))
-    newest.write_bytes(newest.read_bytes()[:5000])
+    damage(newest)
     capsys.readouterr()
     run = train(data, seg_run, tmp_path/'r', resume=True)
     assert f'{newest} is damaged and left out' in capsys.readouterr().err
@@ -403,6 +411,64 @@ def test_a_damaged_checkpoint_is_left_out(data, seg_run, tmp_path, monkeypatch, 
     (tmp_path/'c'/'checkpoints').mkdir(parents=True)
     for n in ('epoch_998', 'epoch_1000', 'epoch_999', 'epoch_998_step_000007'): (tmp_path/'c'/'checkpoints'/f'{n}.pt').touch()
     assert [p.stem for p in training._checkpoints(tmp_path/'c')] == ['epoch_998', 'epoch_998_step_000007', 'epoch_999', 'epoch_1000']
+
+
+def test_a_run_goes_on_with_its_own_studies_and_labels_only(data, seg_run, tmp_path, monkeypatch, capsys):
+    store = crops_module.crop_data_set(data, seg_run, tmp_path/'c', preset=SMALL, workers=1)
+    def go(folder, **kw): return training.train_classification(folder, SMALL, out=tmp_path/'r', crops=store.folder, epochs=1, **kw)
+    def stopped(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(training, '_write_oof', stopped)
+        with pytest.raises(KeyboardInterrupt): go(data)
+    truth, before = read_train(data/'train.csv'), (tmp_path/'r'/'run.json').read_text()
+    for name, other in (('turned', 1-truth), ('fewer', truth.iloc[:-1])):
+        (tmp_path/name).mkdir()
+        other.to_csv(tmp_path/name/'train.csv')
+        with pytest.raises(CspineError, match=f'begun with other studies, or other labels of them, than {tmp_path/name}/train.csv'): go(tmp_path/name, resume=True)
+    assert (tmp_path/'r'/'run.json').read_text() == before
+    capsys.readouterr()
+    go(data, resume=True)
+    assert f'{data} has no train_bounding_boxes.csv' in capsys.readouterr().err
+    assert training.read_run(tmp_path/'r')['folds'] == [0]
+    with pytest.raises(CspineError, match='begun with other studies'): go(tmp_path/'turned', fold=1)   # nor another fold of it
+    capsys.readouterr()
+    evaluate_run(tmp_path/'r', data, samples=5)
+    assert not capsys.readouterr().err
+    evaluate_run(tmp_path/'r', tmp_path/'turned', samples=5)
+    assert f'{tmp_path}/turned/train.csv are not those that {tmp_path}/r was trained on' in capsys.readouterr().err
+
+
+def test_what_is_not_a_number_is_neither_scored_nor_bundled(data, seg_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(training, '_answers', lambda *a, **kw: (np.full(8, np.nan), np.full((7, 1, 1, 1), np.nan)))
+        with pytest.raises(CspineError, match='what is not a number: remove .*r/fold0 and train it anew'): train(data, seg_run, tmp_path/'r')
+    assert training.read_run(tmp_path/'r')['folds'] == [] and not (tmp_path/'r'/'oof.csv').exists()
+    run = train(data, seg_run, tmp_path/'r', resume=True)
+    bundle([seg_run, run], tmp_path/'b')
+    w = load_file(run/'fold0'/'model.safetensors')
+    w['vertebra.bias'][0] = np.inf
+    save_file(w, run/'fold0'/'model.safetensors')
+    with pytest.raises(CspineError, match='holds what is not a number .vertebra.bias, 1 of'): bundle([seg_run, run], tmp_path/'b2')
+
+
+def test_no_answer_is_lost_from_the_scores(boxed, seg_run, tmp_path):
+    run = training.train_classification(boxed, SMALL, seg_run, tmp_path/'a'/'r', workers=1, epochs=1, fold='all')
+    (tmp_path/'b').mkdir()
+    shutil.copytree(run, other := tmp_path/'b'/'r')
+    table = evaluate([run, other], boxed)
+    assert table.run.drop_duplicates().tolist() == ['a/r', 'b/r'] and (table[table.run == 'a/r'].figure.to_numpy() == table[table.run == 'b/r'].figure.to_numpy()).all()
+    with pytest.raises(CspineError, match='is named twice'): evaluate([run, run], boxed)
+    oof, evidence = (other/'oof.csv').read_text().splitlines(), (other/'evidence.csv').read_text().splitlines()
+    (other/'oof.csv').write_text('\n'.join(oof[:4]) + '\n')
+    with pytest.raises(CspineError, match=f'oof.csv lacks {len(oof)-4} of the {len(oof)-1} studies'): evaluate([other], boxed)
+    (other/'oof.csv').write_text('\n'.join(oof) + '\n')
+    uid, fold, level, hit, share = evidence[1].split(',')
+    for row, said in ((f'{uid},{fold},{level},7,{share}', 'hit: .7. should be 0 or 1'), (f'{uid},{fold},{level},{hit},nan', 'share: .nan. does not lie in 0 to 1'), (f'1.2.3,{fold},{level},{hit},{share}', '1 studies that oof.csv beside it has not')):
+        (other/'evidence.csv').write_text('\n'.join([evidence[0], row, *evidence[2:]]) + '\n')
+        with pytest.raises(CspineError, match=said): evaluate([other], boxed)
+    (other/'run.json').write_text('{"kind": "classification", "preset": 7, ')
+    with pytest.raises(CspineError, match='run.json'): evaluate([other], boxed)
+    with pytest.raises(CspineError, match='run.json is damaged'): training.read_run(other)
 
 
 def test_weights_for_a_network_that_takes_none_are_refused(data, seg_run, tmp_path):
