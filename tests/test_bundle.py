@@ -256,7 +256,7 @@ def cut(folder):
     (lambda f: edit(f, in_preset), 'unknown field colour'),
     (preset('classification', encoder='tu-hf-hub:somebody/model'), 'field encoder'),   # timm would go to the network
     (preset('classification', encoder='tu-local-dir:/etc'), 'field encoder'),
-    (preset('classification', encoder='resnet_of_tomorrow'), 'no classification model can be built'),
+    (preset('classification', encoder='resnet_of_tomorrow'), 'no encoder .resnet_of_tomorrow. can be built for stage 2'),
     (preset('classification', size=10**6), 'size of the preset should lie in 16 to 2048'),
     (preset('classification', group=0), 'group'),
     (preset('classification', every=7), 'every should divide the slices'),
