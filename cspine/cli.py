@@ -220,6 +220,7 @@ def _page_stamp(page, report, truth, pictures):
 
 def _page(page, report, truth, bundle, device, pictures):
     "The page of a submission: what its report says of each study, and pictures of the likeliest fractures and, if the truth is known, of the worst answers"
+    from dataclasses import replace
     import pandas as pd
     from cspine.bundle import default_bundle
     from cspine.dicom import read_series
@@ -237,7 +238,7 @@ def _page(page, report, truth, bundle, device, pictures):
         known = answers.loc[uid] if answers is not None and uid in answers.index else None
         if uid in pictured:
             volume = read_series(folders[uid])
-            entries.append(entry(volume, pipeline.predict(volume), known))
+            entries.append(replace(entry(volume, pipeline.predict(volume), known), uid=uid))   # named as the submission names it, whatever its headers say
         else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=known, notes=_notes(study),
                                 cervical_spine=study['status'] != NO_SPINE))
     return report_page(entries, page, title='Submission', card=pipeline.bundle.card,

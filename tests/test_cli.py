@@ -265,13 +265,14 @@ def test_page_of_a_submission_with_a_broken_study(data, bundle, tmp_path):
     folder = tmp_path / 'studies'
     good = sorted((data / 'test_images').iterdir())[0]
     folder.mkdir()
-    (folder / good.name).symlink_to(good)
+    (folder / 'neck').symlink_to(good)   # its headers name it otherwise
     (folder / '1.2.3').mkdir()
     (folder / '1.2.3' / '1.dcm').write_text('not DICOM')
     cli.submit(folder, bundle=bundle, out=tmp_path / 's.csv', page=tmp_path / 's.html')
     assert len(pd.read_csv(tmp_path / 's.csv')) == 16
     html = (tmp_path / 's.html').read_text(encoding='utf-8')
     assert html.count('data:image/png') == 1 and html.count('<li>') >= 1 and '1.2.3' in html
+    assert '<h3>neck</h3>' in html and good.name not in html   # as in the submission
 
 
 def test_as_a_module():
