@@ -185,6 +185,8 @@ def test_a_bundle_is_replaced_and_anything_else_is_left_alone(tmp_path, written)
     with pytest.raises(CspineError, match='is not a bundle'):
         random_bundle(tmp_path/'mine')
     assert (tmp_path/'mine'/'thesis.txt').read_text() == 'years of work'
+    make_run(tmp_path/'seg', 'segmentation')
+    with pytest.raises(CspineError, match='not a bundle but a run: make one of both stages'): load_bundle(tmp_path/'seg')
     # Kaggle's own description of a data set, and what a user keeps beside it, stay; weights of a fold that is no more go
     (written/'dataset-metadata.json').write_text('{}')
     (written/'notes').mkdir()

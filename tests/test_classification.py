@@ -458,6 +458,8 @@ def test_no_answer_is_lost_from_the_scores(boxed, seg_run, tmp_path):
     table = evaluate([run, other], boxed)
     assert table.run.drop_duplicates().tolist() == ['a/r', 'b/r'] and (table[table.run == 'a/r'].figure.to_numpy() == table[table.run == 'b/r'].figure.to_numpy()).all()
     with pytest.raises(CspineError, match='is named twice'): evaluate([run, run], boxed)
+    with pytest.raises(CspineError, match='there is no folder .*a/q: name runs'): evaluate([tmp_path/'a'/'q'], boxed)
+    with pytest.raises(CspineError, match='neither a run nor a bundle'): evaluate([boxed], boxed)
     oof, evidence = (other/'oof.csv').read_text().splitlines(), (other/'evidence.csv').read_text().splitlines()
     (other/'oof.csv').write_text('\n'.join(oof[:4]) + '\n')
     with pytest.raises(CspineError, match=f'oof.csv lacks {len(oof)-4} of the {len(oof)-1} studies'): evaluate([other], boxed)

@@ -318,6 +318,7 @@ def test_masks_cut_instead_of_a_bundle(made, calls, tmp_path, capsys):
     for more in (dict(bundle=made.bundle), dict(bundle=None, detection='run')):
         with pytest.raises(CspineError, match='either masks or networks cut'): crop_data_set(data, out=tmp_path/'d', masks=True, **more)
     with pytest.raises(CspineError, match='preset|begun'): crop_data_set(data, None, tmp_path/'c', 'tiny', masks=True)
+    with pytest.raises(CspineError, match='holds crops that masks cut: go on with --masks'): crop_data_set(data, made.bundle, tmp_path/'c', SMALL, workers=1)
 
 
 def test_killed_it_goes_on(made, calls, tmp_path, monkeypatch, capsys):

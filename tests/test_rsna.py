@@ -14,7 +14,7 @@ import pytest
 from cspine.dicom import Volume, read_series, write_series
 from cspine.presets import LEVELS, TARGETS, CspineError
 from cspine.rsna import (MaskError, TableError, _per_exam, best_constant, find_studies, folds, metric, read_boxes, read_folds, read_mask,
-                         read_submission, read_test, read_train, score, split_80_20, test_rows, validate_uid, versus_constant, write_folds,
+                         read_submission, read_test, read_labels, read_train, score, split_80_20, test_rows, validate_uid, versus_constant, write_folds,
                          write_mask, write_submission, write_whole)
 from scipy.optimize import minimize_scalar
 from scipy.spatial.transform import Rotation
@@ -329,6 +329,14 @@ def test_a_header_alone_is_no_table_of_labels_but_one_of_no_boxes(tmp_path):
         read_train(tmp_path / "t.csv")
     (tmp_path / "x.csv").write_text("StudyInstanceUID,x,y,width,height,slice_number\n")
     assert len(read_boxes(tmp_path / "x.csv")) == 0
+
+
+def test_another_folder_than_the_data_is_said(tmp_path):
+    (tmp_path / "d" / "train_images").mkdir(parents=True)
+    (tmp_path / "d" / "train.csv").write_text(f"StudyInstanceUID,{','.join(TARGETS)}\n1.2,{','.join('0'*8)}\n")
+    assert read_labels(tmp_path / "d").index.tolist() == ["1.2"]
+    for wrong, says in (("d/train.csv", "is a file"), ("nowhere", "does not exist"), ("d/train_images", f"has no train.csv: .* here {tmp_path}/d$"), (".", "has no train.csv: [^,]*$")):
+        with pytest.raises(TableError, match=says): read_labels(tmp_path / wrong)
 
 
 def big_table():

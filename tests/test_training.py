@@ -115,7 +115,7 @@ def test_a_run_keeps_the_folds_it_was_begun_with(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kw,says', [
     (dict(fold=7), 'fold must be all or a number from 0 to 1'), (dict(preset='huge'), 'paper, tiny'),
-    (dict(weights='x.pth'), 'no encoder weights'), (dict(epochs=9, resume=True), 'another preset, model or number of epochs')])
+    (dict(weights='x.pth'), 'no encoder weights'), (dict(epochs=9, resume=True), r'another preset, model or number of epochs.*\(segmentation.epochs [0-8], not 9\)'), (dict(epochs=0), 'epochs of the preset should lie in 1')])
 def test_what_cannot_work_is_said(run, data, kw, says):
     with pytest.raises(CspineError, match=says): train_segmentation(**{**dict(data=data, preset=SMALL, out=run), **kw})
 
