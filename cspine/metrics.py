@@ -7,10 +7,11 @@ __all__ = ['ROWS', 'SIZES', 'calibration_error', 'fracture_metrics', 'shown', 'r
            'read_oof', 'evaluate_run']
 
 # %% ../nbs/24_metrics.ipynb #16a7223d
-import json,sys
+import sys
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from .bundle import _read_json
 from .presets import LEVELS,TARGETS,CspineError
 from .rsna import UID,_losses,best_constant,labels_sha256,metric,read_folds,read_table,read_labels,validate_uid
 
@@ -151,12 +152,9 @@ def read_oof(
 
 def _said(run):
     "run.json, where it says which folds are trained"
-    path = Path(run)/'run.json'
-    try:
-        said = json.loads(path.read_text())
-        said['folds'] = [int(k) for k in said['folds']]
-        return said
-    except (OSError,ValueError,KeyError,TypeError) as e: raise CspineError(f'{path} cannot be read ({type(e).__name__}: {e}), so nobody knows which folds are trained: train into another folder') from None
+    said = _read_json(Path(run)/'run.json', 'run folder')
+    if not isinstance(said.get('folds'), list): raise CspineError(f'{run}/run.json does not say which folds are trained: train into another folder')
+    return said
 
 def evaluate_run(
     run,                  # run folder of `train_classification`
