@@ -9,7 +9,8 @@ __all__ = ['MOST_VOXELS', 'NEAR_MM', 'MOST_BONE', 'SPINE', 'SPINE_MM', 'SPECK_MM
            'build_segmentation', 'CrossEntropyDice', 'BCEJaccard', 'segmentation_loss', 'dice_per_class',
            'segmentation_metrics', 'cache_study', 'cache_studies', 'low_preset', 'CubeDataset', 'FineDataset',
            'SliceDataset', 'SegmentationFigures', 'VisibleFigures', 'find_device', 'fast_dtype', 'fast',
-           'predict_scores', 'predict_visible', 'predict_labels', 'clean_labels', 'has_cervical_spine']
+           'predict_scores', 'predict_visible', 'level_certainty', 'find_labels', 'predict_labels', 'clean_labels',
+           'has_cervical_spine']
 
 # %% ../nbs/10_segmentation.ipynb #b0b88ab6
 from contextlib import nullcontext
@@ -783,15 +784,38 @@ def predict_visible(
     models,device = _ready(models, device)
     with fast(device): return torch.cat([sum(m(x).float().sigmoid() for m in models).cpu()/len(models) for _,x in _slices(volume.hu, preset, device, 1 if device.type == 'cpu' else 16)]).numpy()
 
-def predict_labels(
+def level_certainty(
+    at:np.ndarray,     # (n, 3) of `bone_scores`
+    p:np.ndarray,      # (n, 8) of `bone_scores`
+    labels:np.ndarray, # (z, y, x) uint8 label map that was made of them
+) -> float:            # 0 to 1; nan where the map holds none of C1-C7
+    "How much of the evidence for any level speaks for the one that was chosen, on average over the voxels of C1-C7"
+    own = labels[tuple(at.T)]
+    neck = (own > 0) & (own <= len(LEVELS))
+    p,own = p[neck].astype(np.float32),own[neck]
+    return float((p[np.arange(len(p)),own-1]/p.sum(1)).mean()) if len(p) else float('nan')
+
+def find_labels(
     models:list,                # networks of `build_segmentation`, one per fold
     preset:SegmentationPreset,  # the one that they were trained with
     volume,                     # Volume
     device:str='cpu',           # torch device, e.g. 'cuda'
     flips:bool=False,           # the mean with the answer for the scan seen in a mirror, for twice the time
+) -> tuple:                     # (z, y, x) uint8 label map on the volume's own grid; its `level_certainty`
+    "The label map of a scan: the folds' mean, in the order of a spine, with specks removed; and how sure of the levels they are"
+    at,p = predict_scores(models, preset, volume, device, flips)
+    labels = clean_labels(labels_of(at, p, volume.hu.shape, volume.spacing), volume.spacing)
+    return labels,level_certainty(at, p, labels)
+
+def predict_labels(
+    models:list,                # as of `find_labels`
+    preset:SegmentationPreset,
+    volume,
+    device:str='cpu',
+    flips:bool=False,
 ) -> np.ndarray:                # (z, y, x) uint8 label map on the volume's own grid
-    "The label map of a scan: the folds' mean, in the order of a spine, with specks removed"
-    return clean_labels(labels_of(*predict_scores(models, preset, volume, device, flips), volume.hu.shape, volume.spacing), volume.spacing)
+    "The label map of `find_labels`"
+    return find_labels(models, preset, volume, device, flips)[0]
 
 # %% ../nbs/10_segmentation.ipynb #6f172922
 SPECK_MM3 = 300   # a cervical vertebra has 5 to 15 cm3 of bone; what is smaller than this is a speck

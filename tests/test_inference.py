@@ -50,10 +50,18 @@ def test_stage_1_is_used_when_no_labels_are_given(pipeline, study, monkeypatch):
     seen = []
     def labels_of(models, preset, volume, device):
         seen.append((len(models), preset, device))
-        return study.labels
-    monkeypatch.setattr(inference, 'predict_labels', labels_of)
+        return study.labels, .95
+    monkeypatch.setattr(inference, 'find_labels', labels_of)
     p = pipeline.predict(study.volume)
     assert p.cervical_spine and seen == [(2, pipeline.bundle.preset.segmentation, torch.device('cpu'))]
+    assert not any('unsure' in n for n in p.notes)
+
+
+def test_a_label_map_that_stage_1_is_unsure_of_gets_a_note(pipeline, study, monkeypatch):
+    monkeypatch.setattr(inference, 'find_labels', lambda *a, **k: (study.labels, .65))
+    sure, unsure = pipeline.predict(study.volume, study.labels), pipeline.predict(study.volume)
+    assert unsure.notes == [*sure.notes, 'stage 1 is unsure of the levels (certainty 0.65, below 0.8): is this a neck? Look at the label map before you believe the answers']
+    assert unsure.probabilities.equals(sure.probabilities)
 
 
 def test_stage_1_of_random_weights_runs_for_real(pipeline, study):
