@@ -310,11 +310,13 @@ def rivals():
     from cspine.rivals import rivals
     return _shown(rivals())
 
-@app.command(epilog='Example: cspine presets')
-def presets():
-    "Show the presets side by side."
+@app.command(epilog='Example: cspine presets tiny best')
+def presets(
+    names: Annotated[list[str] | None, Argument(metavar='NAME', help='Presets to show; all, if none is named.', show_default=False)] = None,
+):
+    "Show presets side by side."
     from cspine.presets import presets
-    return _shown(presets())
+    return _shown(presets(names))
 
 # %% ../nbs/40_cli.ipynb #f23f500a
 def main(

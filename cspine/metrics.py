@@ -21,7 +21,8 @@ def calibration_error(
     q:np.ndarray,    # (n,) frequencies that were said
     bins:int=10,     # of about equal size, from the lowest said to the highest
 ) -> float:
-    "Mean distance of what was said and what was so (expected calibration error; Naeini and others, AAAI 2015)"
+    "Mean distance of what was said and what was so (expected calibration error; Naeini and others, AAAI 2015); nan of nothing"
+    if not len(y): return float('nan')
     edges = np.unique(np.quantile(q, np.linspace(0, 1, bins+1)[1:-1]))
     at = np.searchsorted(edges, q, side='right')   # equal ones stay together
     return float(sum(abs((y[at == b]-q[at == b]).sum()) for b in np.unique(at))/len(y))

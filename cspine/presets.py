@@ -282,12 +282,14 @@ def get_preset(
     if not isinstance(name, str) or name not in PRESETS: raise CspineError(f'there is no preset {name!r}; the presets are {", ".join(PRESETS)}{_near(name, PRESETS)}')
     return PRESETS[name]
 
-def presets():   # DataFrame, a row per field, a column per preset
-    "All presets side by side"
+def presets(
+    names:list|None=None,   # of presets; None: all
+):                          # DataFrame, a row per field, a column per preset
+    "Presets side by side"
     import pandas as pd
     def flat(p):
         out = dict(folds=p.folds, seed=p.seed, boxes=p.boxes)
         for stage in ('segmentation','detection','classification'):
             out.update({f'{stage}.{k}':v for k,v in asdict(getattr(p, stage)).items()})
         return {k: '-' if v is None or v == () else ' '.join(map(str, v)) if isinstance(v, tuple) else str(v) for k,v in out.items()}
-    return pd.DataFrame({name:flat(p) for name,p in PRESETS.items()}).rename_axis('field')
+    return pd.DataFrame({p.name:flat(p) for p in map(get_preset, names or PRESETS)}).rename_axis('field')

@@ -125,6 +125,14 @@ def test_anything_else_is_1_and_one_sentence(line, tmp_path, monkeypatch):
     assert 'CSPINE_DEBUG' not in said, f'an error that nobody worded: {said}'
 
 
+def test_presets_by_name(capsys):
+    with pytest.raises(SystemExit) as stop: cli.main(['presets', 'best', 'tiny'])
+    out = capsys.readouterr().out.splitlines()
+    assert not stop.value.code and out[0].split() == ['best', 'tiny']
+    assert next(line for line in out if line.startswith('classification.size ')).split()[1:] == ['256', '128']
+    assert fails(1, 'presets', 'tinny') == "cspine: there is no preset 'tinny'; the presets are paper, tiny, best. Did you mean tiny?\n"
+
+
 def test_unforeseen_errors_are_one_line_too(monkeypatch, capsys):
     def broken(*args): raise KeyError('C9')
     monkeypatch.setattr('cspine.presets.presets', broken)
