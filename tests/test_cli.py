@@ -255,7 +255,7 @@ def test_ctrl_c_ends_in_a_sentence():
 
 
 def test_a_name_that_the_terminal_cannot_show():
-    code = 'import pandas as pd\nfrom cspine import cli, presets\npresets.presets = lambda: pd.Series(["gr\\xfcn"])\ncli.main(["presets"])'
+    code = 'import pandas as pd\nfrom cspine import cli, presets\npresets.presets = lambda names: pd.Series(["gr\\xfcn"])\ncli.main(["presets"])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert done.returncode == 0 and done.stdout == '0    gr\\xfcn\n', done.stderr
 
