@@ -249,7 +249,7 @@ class FractureLoss(nn.Module):
         kind:str='competition',  # 'competition', 'bce' or 'hinge'; `CspineError` for another
         mask_loss:float=0.,   # weight of the map's binary cross-entropy
         slice_loss:float=0.,  # weight of the binary cross-entropy of the groups of slices
-        cell_loss:float=0.,   # the same of cells, summed over a group's
+        cell_loss:float=0.,   # the same of cells, summed, over the number of groups, looked at or not
     ):
         super().__init__()
         if kind not in ('competition','bce','hinge'): raise CspineError(f"the loss of stage 2 should be 'competition', 'bce' or 'hinge', got {kind!r}")

@@ -205,9 +205,7 @@ def _run_weights(folder, kind):
     from cspine.bundle import _read_run
     run,preset,files = _read_run(folder)
     if run['kind'] != kind: raise CspineError(f'{folder} is a run of {run["kind"]}; crops need one of {kind}' + (', or a bundle' if kind == 'segmentation' else ''))
-    done = {k:f for k,f in files.items() if k in run.get('folds', ())}
-    if not done: raise CspineError(f'{folder} has no trained fold yet: finish it with `cspine train {kind} ... --resume`')
-    return preset,{k:hashlib.sha256(f.read_bytes()).hexdigest() for k,f in done.items()}
+    return preset,{k:hashlib.sha256(f.read_bytes()).hexdigest() for k,f in files.items()}
 
 def _source(bundle, detection=None):
     "What lies in the folders"

@@ -108,7 +108,7 @@ def read_sizes(
 ) -> pd.Series:   # 'under 1 mm', '1 to 3 mm' or 'over 3 mm', by uid and level (C1..C7)
     "How far each vertebra's fragments are apart at most: the larger of its widest gap and its largest displacement"
     df = read_table(path, {UID:validate_uid, 'level':str, 'gap_mm':_above_0, 'displacement_mm':_above_0})
-    size = df[df.level.isin(LEVELS)].assign(mm=lambda d: d[['gap_mm','displacement_mm']].max(axis=1)).groupby([UID,'level']).mm.max()
+    size = df[df.level.isin(LEVELS)].assign(mm=lambda d: d[['gap_mm','displacement_mm']].max(axis=1)).groupby([UID,'level']).mm.max().rename('size')
     return pd.cut(size, (-np.inf, *SIZES, np.inf), right=False, labels=('under {:g} mm'.format(SIZES[0]), '{:g} to {:g} mm'.format(*SIZES), 'over {:g} mm'.format(SIZES[1]))).astype(str)
 
 def metrics_by_kind(
@@ -124,18 +124,19 @@ def metrics_by_kind(
     _losses(truth, guess)   # says what does not fit
     guess = guess.loc[truth.index]
     y,p = truth[list(LEVELS)].to_numpy(),guess[list(LEVELS)].to_numpy()
-    kind = np.array([[kinds.get((u, l), 'unknown') for l in LEVELS] for u in truth.index])
+    c = np.tile(best_constant(truth)[list(LEVELS)].to_numpy(), (len(y),1))
+    kind = np.array([[kinds.get((u, l), f'unknown {kinds.name or "kind"}') for l in LEVELS] for u in truth.index])
     rng = np.random.default_rng(seed)
     draws = [rng.integers(0, len(y), len(y)) for _ in range(samples)]
     out = []
     for k in sorted(set(kind[y == 1])):
-        def at(d):
+        def at(d, p):
             own = (kind[d] == k) & (y[d] == 1)
             use = own | (y[d] == 0)
             return _figures(own[use].astype(int), p[d][use], threshold) if own.any() else dict(auroc=np.nan, sensitivity=np.nan)
-        own,again = at(slice(None)),[at(d) for d in draws]
-        for f,constant in (('auroc', .5), ('sensitivity', np.nan)):
-            out.append((k, f, own[f], *np.nanpercentile([a[f] for a in again], (2.5, 97.5)), constant, int(((kind == k) & (y == 1)).sum()), int((y == 1).sum())))
+        own,plain,again = at(slice(None), p),at(slice(None), c),[at(d, p) for d in draws]
+        for f in ('auroc','sensitivity'):
+            out.append((k, f, own[f], *np.nanpercentile([a[f] for a in again], (2.5, 97.5)), plain[f], int(((kind == k) & (y == 1)).sum()), int((y == 1).sum())))
     return pd.DataFrame(out, columns=['row','figure','value','low','high','constant','fractured','of'])
 
 # %% ../nbs/24_metrics.ipynb #e4a26296
@@ -148,6 +149,7 @@ def read_oof(
     answers = read_table(path, {UID:validate_uid, **{t:float for t in TARGETS}}, key=[UID]).set_index(UID)
     folds = read_folds(Path(run)/'folds.csv')
     asked = folds.index[folds.isin(_said(run)['folds'])]
+    answers = answers[answers.index.isin(asked) | ~answers.index.isin(folds.index)]   # what a fold answered that is trained anew goes
     if lost := sorted(set(asked)-set(answers.index)): raise CspineError(f'{path} lacks {len(lost)} of the {len(asked)} studies of the trained folds, the first is {lost[0]}: put back the file that was written, or train those folds anew')
     return answers
 
@@ -178,7 +180,8 @@ def evaluate_run(
     return table
 
 def _read_evidence(path, uids):
-    hits = read_table(path, {UID:validate_uid, 'hit':_hit, 'share':_share})
+    hits = read_table(path, {UID:validate_uid, 'fold':int, 'hit':_hit, 'share':_share})
+    hits = hits[hits.fold.isin(_said(path.parent)['folds'])]
     if foreign := sorted(set(hits[UID])-set(uids)): raise CspineError(f'{path} has {len(foreign)} studies that oof.csv beside it has not, the first is {foreign[0]}: put back the files that were written together')
     return hits
 

@@ -437,7 +437,9 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
             raise CspineError(f'{out} was begun with another preset, model or number of epochs, or on crops that other networks cut ({_otherwise(old, preset, of, crops_by)}); resume it with those, or choose another folder')
         if (resume or old['folds']) and same and old.get('labels_sha256', labels) != labels:
             raise CspineError(f'{out} was begun with other studies, or other labels of them, than {data}/train.csv has now ({len(table)} studies to train on); go on with those, or choose another folder')
-        if same: d = {**d, **{f:old[f] for f in ('folds','figures')}}
+        if same:
+            gone = [k for k in which if not (out/f'fold{k}'/'model.safetensors').exists()]   # was removed, to be trained anew
+            d = {**d, 'folds':[k for k in old['folds'] if k not in gone], 'figures':{f:v for f,v in old['figures'].items() if f not in {f'fold{k}' for k in gone}}}
         if same and known is None and (out/'folds.csv').exists(): known = read_folds(out/'folds.csv')   # what it was begun with
     elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise CspineError(f'{out} exists and is no run folder; choose another --out, or empty it')
@@ -637,7 +639,7 @@ def _write_oof(out, k, model, cls, fold_of, store, table):
     if _rank(): return
     raw,seen,met,device = {},{},[],next(model.parameters()).device
     model.scale.fill_(1); model.shift.zero_()
-    for u in progress(fold_of.index[fold_of == k], f'fold {k} out-of-fold answers'):
+    for u in progress(sorted(fold_of.index[fold_of == k]), f'fold {k} out-of-fold answers'):   # in an order that does not depend on which study was cut first: halves are calibrated
         crops,present = np.zeros((7, cls.planes, cls.size, cls.size), np.uint8),np.zeros(7, bool)
         if u in store:
             s = store.read(u)

@@ -33,6 +33,18 @@ def runs(tmp_path):
     return list(kinds.values()), {k: make_run(f, k, folds=(0, 1)) for k, f in kinds.items()}
 
 
+def test_a_fold_that_was_killed_before_its_end_is_left_out(runs, tmp_path, capsys):
+    """Its weights are there from the last epoch on, its calibration and out-of-fold answers are not."""
+    (seg, cls), _ = runs
+    said = json.loads((cls/'run.json').read_text())
+    (cls/'run.json').write_text(json.dumps(said | dict(folds=[1])))
+    b = load_bundle(bundle([seg, cls], tmp_path/'b'))
+    assert len(b.segmentation) == 2 and len(b.classification) == 1
+    assert f'fold 0 of {cls} is not finished, and left out' in capsys.readouterr().err
+    (cls/'run.json').write_text(json.dumps(said | dict(folds=[])))
+    with pytest.raises(CspineError, match='has no trained fold'): bundle([seg, cls], tmp_path/'c')
+
+
 @pytest.fixture
 def written(tmp_path):
     return random_bundle(tmp_path/'bundle')
