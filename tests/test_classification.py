@@ -481,6 +481,11 @@ def test_no_answer_is_lost_from_the_scores(boxed, seg_run, tmp_path):
     for row, said in ((f'{uid},{fold},{level},7,{share}', 'hit: .7. should be 0 or 1'), (f'{uid},{fold},{level},{hit},nan', 'share: .nan. does not lie in 0 to 1'), (f'1.2.3,{fold},{level},{hit},{share}', '1 studies that oof.csv beside it has not')):
         (other/'evidence.csv').write_text('\n'.join([evidence[0], row, *evidence[2:]]) + '\n')
         with pytest.raises(CspineError, match=said): evaluate([other], boxed)
+    (other/'evidence.csv').write_text('\n'.join(evidence) + '\n')
+    of = pd.Series([int(row.split(',')[1]) for row in evidence[1:]])
+    (other/'run.json').write_text(json.dumps(json.loads((other/'run.json').read_text()) | dict(folds=[int(of[0])])))   # another is being trained anew
+    some = evaluate([other], boxed).set_index('figure')
+    assert some.of['evidence'] == (of == of[0]).sum() < len(of) and some.of['metric'] < table.of[table.figure == 'metric'].iloc[0]
     (other/'run.json').write_text('{"kind": "classification", "preset": 7, ')
     with pytest.raises(CspineError, match='run.json'): evaluate([other], boxed)
     with pytest.raises(CspineError, match='run.json is damaged'): training.read_run(other)
