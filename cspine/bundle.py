@@ -72,7 +72,8 @@ def _read_run(folder):
     if run.get('kind') not in PARTS:
         raise CspineError(f'{folder} holds a run of kind {run.get("kind")!r}; a bundle takes {", ".join(PARTS)}')
     files = {int(m[1]):f for f in folder.glob('fold*/model.safetensors') if (m := re.fullmatch(r'fold(\d+)', f.parent.name))}
-    if late := sorted(k for k in files if k not in run.get('folds', ())):   # killed between its last epoch and its end
+    if not isinstance(run.get('folds'), list): raise CspineError(f'{folder}/run.json does not say which folds are trained: train into another folder')
+    if late := sorted(k for k in files if k not in run['folds']):   # killed between its last epoch and its end
         print(f'fold {", ".join(map(str, late))} of {folder} is not finished, and left out: finish it with --resume', file=sys.stderr)
     files = {k:f for k,f in files.items() if k not in late}
     if not files: raise CspineError(f'{folder} has no trained fold (fold0/model.safetensors); finish it with --resume')

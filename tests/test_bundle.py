@@ -43,6 +43,8 @@ def test_a_fold_that_was_killed_before_its_end_is_left_out(runs, tmp_path, capsy
     assert f'fold 0 of {cls} is not finished, and left out' in capsys.readouterr().err
     (cls/'run.json').write_text(json.dumps(said | dict(folds=[])))
     with pytest.raises(CspineError, match='has no trained fold'): bundle([seg, cls], tmp_path/'c')
+    (cls/'run.json').write_text(json.dumps(said | dict(folds=None)))
+    with pytest.raises(CspineError, match='does not say which folds are trained'): bundle([seg, cls], tmp_path/'c')
 
 
 @pytest.fixture
