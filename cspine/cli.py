@@ -172,7 +172,7 @@ def predict(
     from cspine.inference import Pipeline
     volume = read_series(study)
     pipeline = Pipeline(bundle, device=device)
-    p = pipeline.predict(volume)
+    p = pipeline.predict(volume, evidence=True)
     seen = [f'   slice {z}, row {y}, column {x}' if np.isfinite(at).all() else '' for at in p.looked for z,y,x in [np.nan_to_num(at).round().astype(int)]]
     print(p.uid, *(f'{t:16}{v:.4f}{where}' for (t,v),where in zip(p.probabilities.items(), [*seen,''])), *(f'note: {n}' for n in p.notes), sep='\n')
     if page is not None:
@@ -238,7 +238,7 @@ def _page(page, report, truth, bundle, device, pictures):
         known = answers.loc[uid] if answers is not None and uid in answers.index else None
         if uid in pictured:
             volume = read_series(folders[uid])
-            entries.append(replace(entry(volume, pipeline.predict(volume), known), uid=uid))   # named as the submission names it, whatever its headers say
+            entries.append(replace(entry(volume, pipeline.predict(volume, evidence=True), known), uid=uid))   # named as the submission names it, whatever its headers say
         else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=known, notes=_notes(study),
                                 cervical_spine=study['status'] != NO_SPINE))
     return report_page(entries, page, title='Submission', card=pipeline.bundle.card,

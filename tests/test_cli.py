@@ -205,7 +205,7 @@ def test_predict_says_where_it_looked(study, capsys, monkeypatch):
     looked = np.full((7, 3), np.nan)
     looked[2], looked[6] = (10.6, 20.2, 30), (-.4, 0, 5)
     seen = SimpleNamespace(uid='1.2', probabilities=pd.Series(.25, TARGETS), looked=looked, notes=['odd'])
-    monkeypatch.setattr('cspine.inference.Pipeline', lambda *_, **__: SimpleNamespace(predict=lambda volume: seen))
+    monkeypatch.setattr('cspine.inference.Pipeline', lambda *_, **__: SimpleNamespace(predict=lambda volume, evidence: seen))
     cli.predict(study)
     assert capsys.readouterr().out.splitlines() == [
         '1.2', *(f'C{k}              0.2500' + {3: '   slice 11, row 20, column 30', 7: '   slice 0, row 0, column 5'}.get(k, '') for k in range(1, 8)),

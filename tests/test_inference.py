@@ -48,7 +48,7 @@ def test_the_answers_depend_on_the_pixels_and_are_the_same_again(pipeline, study
 
 def test_stage_1_is_used_when_no_labels_are_given(pipeline, study, monkeypatch):
     seen = []
-    def labels_of(models, preset, volume, device):
+    def labels_of(models, preset, volume, device, coarse):
         seen.append((len(models), preset, device))
         return study.labels, .95
     monkeypatch.setattr(inference, 'find_labels', labels_of)
@@ -105,7 +105,7 @@ NOWHERE = np.full((7, 3, 4, 4), np.nan)
 
 def test_where_it_looked_is_a_place_in_the_scan(pipeline, study, monkeypatch):
     "The hottest cell of each crop, as a voxel: in the first third of its slices, the middle of its rows, the last third of its columns"
-    p = pipeline.predict(study.volume, study.labels)
+    p = pipeline.predict(study.volume, study.labels, evidence=True)
     assert p.heat.shape[0] == 7 and p.looked.shape == (7, 3) and (np.isfinite(p.looked[:, 0]) == p.present).all()
     there, margin = p.boxes[p.present].reshape(-1, 3, 2), pipeline.bundle.preset.classification.margin_mm/np.array(study.volume.spacing)
     half = (there[..., 1]-there[..., 0]).max(1, keepdims=True)   # a crop is as wide as the longer side of its box
@@ -113,7 +113,7 @@ def test_where_it_looked_is_a_place_in_the_scan(pipeline, study, monkeypatch):
     heat = np.zeros((7, 3, 3, 3))
     heat[:, 0, 1, 2] = 1
     monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: (np.full(8, .5), heat))
-    looked = pipeline.predict(study.volume, study.labels).looked
+    looked = pipeline.predict(study.volume, study.labels, evidence=True).looked
     mm, spacing, m = there*np.array(study.volume.spacing)[:, None], np.array(study.volume.spacing), pipeline.bundle.preset.classification.margin_mm
     side = (mm[:, 1:, 1]-mm[:, 1:, 0]).max(1) + 2*m
     want = mm.mean(2)
@@ -126,12 +126,12 @@ def test_where_it_looked_is_a_place_in_the_scan(pipeline, study, monkeypatch):
 @pytest.mark.parametrize('says, answer', [(0., EPS), (1., 1-EPS), (.3, .3)])
 def test_no_answer_is_quite_sure(pipeline, study, monkeypatch, says, answer):
     monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: (np.full(8, says), NOWHERE))
-    assert np.allclose(pipeline.predict(study.volume, study.labels).probabilities, answer)
+    assert np.allclose(pipeline.predict(study.volume, study.labels, evidence=True).probabilities, answer)
 
 
 def test_what_is_not_a_number_becomes_the_prior(pipeline, study, monkeypatch):
     monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: (np.array([np.nan, np.inf] + [.5]*6), NOWHERE))
-    p = pipeline.predict(study.volume, study.labels)
+    p = pipeline.predict(study.volume, study.labels, evidence=True)
     assert np.allclose(p.probabilities, [*pipeline.bundle.prior[:2]] + [.5]*6)
     assert any('C1, C2 came out as not a number' in n for n in p.notes)
 
@@ -196,3 +196,61 @@ def test_the_prevalence_does_not_put_the_patient_below_a_vertebra(bundle, study)
     few = Pipeline(replace(bundle, odds=bundle.odds.where(bundle.odds.index != 'patient_overall', 1e-3)), device='cpu')
     p = few.predict(study.volume, study.labels).probabilities
     assert p['patient_overall'] == pytest.approx(p.iloc[:7].max()) and p['patient_overall'] > .01
+
+
+def test_evidence_is_computed_where_it_is_asked_for_and_changes_no_answer(pipeline, study):
+    plain, seen = (pipeline.predict(study.volume, study.labels, evidence=e) for e in (False, True))
+    assert plain.heat is None and plain.looked is None and np.isfinite(seen.heat[seen.present]).all()
+    np.testing.assert_array_equal(plain.probabilities, seen.probabilities)
+    assert pipeline.predict(study.volume, study.labels*0).looked is None
+
+
+def test_each_effort_leaves_out_more(pipeline, study, monkeypatch):
+    """Mirror images first, then all folds but one, then stage 1's second network."""
+    asked = []
+    n, m = len(pipeline.bundle.segmentation), len(pipeline.bundle.classification)
+    assert min(n, m) > 1
+    monkeypatch.setattr(inference, 'find_labels', lambda models, *a, coarse, **k: asked.append((len(models), coarse)) or (study.labels, 1.))
+    monkeypatch.setattr(inference, 'predict_probabilities', lambda models, *a, mirror, **k: asked.append((len(models), mirror)) or np.full(8, .5))
+    for effort in range(len(inference.EFFORTS)):
+        pipeline.predict(study.volume, effort=effort)
+    assert asked == [(n, False), (m, True), (n, False), (m, False), (1, False), (1, False), (1, True), (1, False)]
+
+
+NO_KERNEL = 'CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be asynchronously reported'
+
+
+def test_a_gpu_that_cannot_compute_costs_speed_only(bundle, monkeypatch, capsys):
+    """The platform's default P100 under a torch built without its kernels."""
+    import cspine.segmentation as seg
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda i: 'Tesla P100-PCIE-16GB')
+    right = seg.F.conv3d
+
+    def conv3d(x, *a, **k):
+        if x.device.type != 'cpu': raise RuntimeError(NO_KERNEL)
+        return right(x, *a, **k)
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, 'ones', lambda *a, device='cpu', **k: ones(*a, device='meta' if 'cuda' in str(device) else device, **k))
+    monkeypatch.setattr(seg.F, 'conv3d', conv3d)
+    p = Pipeline(bundle)
+    said = capsys.readouterr().err
+    assert p.device.type == 'cpu' and said.strip() == p.device_note and said.count('P100') == 1
+    assert 'no kernel image is available' in said and 'choose the accelerator GPU T4 x2' in said and 'asynchronously' not in said
+    with pytest.raises(CspineError, match='no kernel image'):
+        Pipeline(bundle, device='cuda:0')
+    monkeypatch.setattr(seg, '_why_not', lambda d: NO_KERNEL if str(d) == 'cuda:0' else '')
+    found, said = seg.find_devices()
+    assert [str(d) for d in found] == ['cuda:1'] and 'the other GPU computes' in said
+    assert [str(d) for d in seg.find_devices('cuda:1')[0]] == ['cuda:1']
+    monkeypatch.setattr(seg, '_why_not', lambda d: '')
+    assert [str(d) for d in seg.find_devices('cuda')[0]] == ['cuda:0', 'cuda:1']
+
+
+def test_a_device_that_computes_wrongly_is_not_taken(monkeypatch):
+    import cspine.segmentation as seg
+    monkeypatch.setattr(seg.F, 'conv3d', lambda *a, **k: torch.zeros(1))
+    with pytest.raises(CspineError, match='computes 0 where 2000 is right'):
+        seg.find_devices('cpu')
