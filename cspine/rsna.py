@@ -9,7 +9,7 @@ __all__ = ['UID', 'KIND', 'ROW', 'VALUE', 'PREVALENCE', 'PRIOR', 'TableError', '
            'read_folds', 'labels_sha256', 'metric', 'best_constant', 'score', 'versus_constant']
 
 # %% ../nbs/03_rsna.ipynb #72a6a780
-import csv,hashlib,io,math,os,re,sys,tempfile
+import csv,errno,hashlib,io,math,os,re,sys,tempfile
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -44,10 +44,14 @@ def read_table(
     path,           # a CSV file: UTF-8, with or without byte order mark, any line ending
     types:dict,     # column -> function that turns its text into a value, raises ValueError or TableError if it cannot
     key=(),         # columns that name a row: no two rows may share them
+    bad=None,       # a dict: rows that are wrong are kept, with the text of what is no value, and it gets line -> what; None: they are an error
 )->pd.DataFrame:    # these columns in this order, rows in the file's order; `attrs['lines']`: the line of each row
     "Columns of a CSV by name, whatever their order; extra columns are left out; raises `TableError` with the line"
     path,rows,lines,seen = _path(path, TableError, 'a CSV file'),[],[],{}
     def wrong(line, what): return TableError(f'{path}, line {line}: {what}')
+    def fault(line, what):
+        if bad is None: raise wrong(line, what) from None
+        bad.setdefault(line, what)
     try: text = path.read_text(encoding='utf-8-sig')
     except FileNotFoundError: raise TableError(f'{path} does not exist') from None
     except UnicodeDecodeError as e: raise TableError(f'{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as CSV UTF-8') from None
@@ -68,13 +72,13 @@ def read_table(
                 if twice: raise wrong(line, f"column {', '.join(twice)} stands there twice")
                 at = {c: header.index(c) for c in types}
             else:
-                if len(row) != len(header): raise wrong(line, f'{len(row)} values, but the header names {len(header)} columns')
-                vals = {}
+                if len(row) != len(header): fault(line, f'{len(row)} values, but the header names {len(header)} columns')
+                vals,row = {},row + ['']*(len(header)-len(row))
                 for c,f in types.items():
                     try: vals[c] = f(row[at[c]])
-                    except (ValueError,TableError) as e: raise wrong(line, f'{c}: {e}') from None
+                    except (ValueError,TableError) as e: fault(line, f'{c}: {e}'); vals[c] = row[at[c]]
                 k = tuple(vals[c] for c in key)
-                if key and k in seen: raise wrong(line, f"{', '.join(map(str, k))} is already on line {seen[k]}")
+                if key and k in seen: fault(line, f"{', '.join(map(str, k))} is already on line {seen[k]}")
                 seen[k] = line
                 rows.append(vals); lines.append(line)
             line = ended
@@ -146,12 +150,19 @@ def read_labels(
 
 def read_test(
     path,           # test.csv
-)->pd.DataFrame:    # row_id, StudyInstanceUID, prediction_type; rows in the file's order
+    bad=None,       # a dict: a row that is wrong is kept, and it gets row_id -> what; None: it is an error
+)->pd.DataFrame:    # row_id, StudyInstanceUID, prediction_type; rows in the file's order, each row_id once
     "The rows that a submission must answer; `row_id` must be `{StudyInstanceUID}_{prediction_type}`"
-    df = read_table(path, {ROW:_name, UID:validate_uid, KIND:_kind}, key=[ROW])
-    for line,row,uid,kind in zip(df.attrs.pop('lines'), df[ROW], df[UID], df[KIND]):
-        if row != f'{uid}_{kind}': raise TableError(f'{path}, line {line}: row_id {row} should be {uid}_{kind}')
-    return df
+    odd = None if bad is None else {}
+    df = read_table(path, {ROW:_name, UID:validate_uid, KIND:_kind}, key=[ROW], bad=odd)
+    lines = df.attrs.pop('lines')
+    for line,row,uid,kind in zip(lines, df[ROW], df[UID], df[KIND]):
+        if row == f'{uid}_{kind}': continue
+        if bad is None: raise TableError(f'{path}, line {line}: row_id {row} should be {uid}_{kind}')
+        odd.setdefault(line, f'row_id {row} should be {uid}_{kind}')
+    for line,row in zip(lines, df[ROW]):
+        if odd and line in odd: bad.setdefault(row, f'line {line}: {odd[line]}')
+    return df if bad is None else df.drop_duplicates(ROW, ignore_index=True)
 
 def read_boxes(
     path,           # train_bounding_boxes.csv
@@ -173,7 +184,7 @@ def read_submission(
     return read_table(path, {ROW:_name, VALUE:_probability}, key=[ROW])
 
 # %% ../nbs/03_rsna.ipynb #6be6a748
-def _folders(path):
+def _folders(path, twice=None):
     # <out>.parts is the runner's own: a submission may lie beside its studies
     found = {}
     try:
@@ -181,7 +192,8 @@ def _folders(path):
             if p.name.startswith(('.','__MACOSX')) or p.name.endswith('.parts'): continue
             name = p.name if p.is_dir() else re.sub(r'\.nii(\.gz)?$', '', p.name, flags=re.I)
             if not p.is_dir() and name == p.name: continue
-            if name in found: raise TableError(f'{path} holds the study {name} twice, as {found[name].name} and {p.name}: remove one')
+            if name in found and twice is None: raise TableError(f'{path} holds the study {name} twice, as {found[name].name} and {p.name}: remove one')
+            if name in found: twice[name] = f'it is there twice: {found[name].name} is answered, not {p.name}'; continue
             found[name] = p
     except OSError as e: raise TableError(f'{path} cannot be listed: {e.strerror}') from None
     return found
@@ -197,29 +209,31 @@ def _is_slice(p):
 def find_studies(
     data,               # folder in the competition's layout; for 'test' also a folder of studies
     split:str='train',  # 'train' or 'test'
+    twice=None,         # a dict: of a study that is there twice the first is taken, and it gets uid -> what; None: that is an error
 )->dict:                # uid -> folder of its slices, or its NIfTI file; those that are there, by name
     "The folders of a split's studies, or their NIfTI files side by side"
     if split not in ('train','test'): raise TableError(f"split is 'train' or 'test', not {split!r}")
     data = Path(data)
     images = data/f'{split}_images'
     if not data.is_dir(): raise TableError(f'{data} is not a folder')
-    if images.is_dir(): return _folders(images)
+    if images.is_dir(): return _folders(images, twice)
     if split == 'train': raise TableError(f'{data} has no train_images folder: --data takes a folder in the competition\'s layout')
     if (data/'test.csv').exists(): return {}
     if (data/'train_images').is_dir():
         raise TableError(f'{data} has train_images but no test_images; to answer those as if they were test studies, give {data}/train_images')
-    found = _folders(data)
+    found = _folders(data, twice)
     if any(map(_is_slice, data.iterdir())): raise TableError(f'{data} holds slices, so it is one study: give the folder that contains it')
     if not found: raise TableError(f'{data} has neither test.csv, nor study folders, nor NIfTI files')
     return found
 
 def test_rows(
     data,           # folder with test.csv, or a folder of studies: folders, or NIfTI files
+    bad=None,       # as of `read_test`
 )->pd.DataFrame:    # row_id, StudyInstanceUID, prediction_type
     "The rows to answer: those of `test.csv`, else eight per study, in the order of `TARGETS`"
     csv_path = Path(data)/'test.csv'
-    if csv_path.exists(): return read_test(csv_path)
-    studies = find_studies(data, 'test')
+    if csv_path.exists(): return read_test(csv_path, bad)
+    studies = find_studies(data, 'test', None if bad is None else {})
     for u in studies:
         try: u.encode()
         except UnicodeEncodeError: raise TableError(f'{data} holds the study {u!a}, whose name is not UTF-8 and fits into no CSV: rename the folder') from None
@@ -254,12 +268,21 @@ def write_submission(
     df:pd.DataFrame,    # row_id, fractured
     path,               # submission.csv
 )->Path:                # the file
-    "Write a submission whole or not at all; raises `TableError` if a value is not in 0 to 1 or a row is there twice"
+    """Write a submission whole or not at all; raises `TableError` if a value is not in 0 to 1 or a row is there twice.
+
+    Twelve digits for each: so another submission of the same rows has the same length, and can be put over it where the disk is full."""
     v = df[VALUE].to_numpy(dtype=float)
     bad = ~((v >= 0) & (v <= 1))                 # also true of nan
     if bad.any(): raise TableError(f'{df[ROW].to_numpy()[bad][0]}: {v[bad][0]} is not in 0 to 1; nothing written to {path}')
     if df[ROW].duplicated().any(): raise TableError(f'{df[ROW][df[ROW].duplicated()].iloc[0]} is there twice; nothing written to {path}')
-    return write_whole(path, df[[ROW,VALUE]].to_csv(index=False, float_format='%.9g', lineterminator='\n'))
+    text = df[[ROW,VALUE]].to_csv(index=False, float_format='%.12f', lineterminator='\n').encode()
+    try: return write_whole(path, text)
+    except OSError as e:
+        there = Path(os.path.realpath(path))
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT) or not there.is_file() or there.stat().st_size != len(text): raise
+        with open(there, 'r+b') as f:            # digit for digit: at every moment each row has a number
+            f.write(text); f.flush(); os.fsync(f.fileno())
+        return there
 
 # %% ../nbs/03_rsna.ipynb #446ab006
 _RAS = np.diag([-1.,-1.,1.,1.])   # LPS <-> RAS

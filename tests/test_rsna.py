@@ -641,18 +641,49 @@ def test_a_submission_that_cannot_be_scored(tmp_path, text, says):
         score(tmp_path / "truth.csv", tmp_path / "s.csv")
 
 
+def full(*args, **kw): raise OSError(28, "No space left on device")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     df = pd.DataFrame({"row_id": ["1.2_C1"], "fractured": [0.5]})
     write_submission(df, tmp_path / "s.csv")
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_submission(df.assign(fractured=0.1), tmp_path / "s.csv")
+        write_submission(df.assign(row_id="1.2.3_C1", fractured=0.1), tmp_path / "s.csv")
     assert read_submission(tmp_path / "s.csv")["fractured"].tolist() == [0.5]
     assert [p.name for p in tmp_path.iterdir()] == ["s.csv"]
+
+
+def test_a_full_disk_has_room_for_the_same_rows(tmp_path, monkeypatch):
+    df = pd.DataFrame({"row_id": ["1.2_C1", "1.2_C2"], "fractured": [0.5, 1]})
+    write_submission(df, tmp_path / "s.csv")
+    at = (tmp_path / "s.csv").stat().st_ino
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    write_submission(df.assign(fractured=[1/3, 0]), tmp_path / "s.csv")
+    assert (tmp_path / "s.csv").stat().st_ino == at
+    assert np.allclose(read_submission(tmp_path / "s.csv")["fractured"], [1/3, 0], atol=1e-12)
+
+
+def test_bad_rows_are_kept_where_they_are_asked_for(tmp_path):
+    (tmp_path / "test_images" / "1.2").mkdir(parents=True)
+    lines = ["row_id,StudyInstanceUID,prediction_type", "1.2_C1,1.2,C1", "../x_C1,../x,C1", "1.2_C9,1.2,C9", "other,1.2,C2", "1.2_C1,1.2,C1", "short"]
+    (tmp_path / "test.csv").write_text("\n".join(lines))
+    bad = {}
+    rows = test_rows(tmp_path, bad)
+    assert rows["row_id"].tolist() == ["1.2_C1", "../x_C1", "1.2_C9", "other", "short"]
+    for row, says in {"../x_C1": "line 3: StudyInstanceUID: '../x' is not", "1.2_C9": "line 4: prediction_type: 'C9' is none of", "other": "line 5: row_id other should be 1.2_C2",
+                      "1.2_C1": "line 6: 1.2_C1 is already on line 2", "short": "line 7: 1 values, but the header names 3"}.items():
+        assert bad[row].startswith(says), bad
+
+
+def test_of_a_study_that_is_there_twice_the_folder_is_answered(tmp_path):
+    (tmp_path / "test_images" / "1.2").mkdir(parents=True)
+    (tmp_path / "test_images" / "1.2.nii").touch()
+    with pytest.raises(TableError, match="1.2 twice"):
+        find_studies(tmp_path, "test")
+    twice = {}
+    assert find_studies(tmp_path, "test", twice) == {"1.2": tmp_path / "test_images" / "1.2"}
+    assert twice == {"1.2": "it is there twice: 1.2 is answered, not 1.2.nii"}
 
 
 def test_importing_tables_does_not_load_torch():
