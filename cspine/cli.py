@@ -9,7 +9,7 @@ __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 
            'evaluate', 'rivals', 'presets', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
-import hashlib,json,os,sys
+import os,sys
 from pathlib import Path
 from typing import Annotated
 from typer import Argument,BadParameter,Exit,Option,Typer
@@ -181,86 +181,49 @@ def predict(
     return p
 
 # %% ../nbs/40_cli.ipynb #2f5605fc
-@app.command(epilog='Example: cspine submit --data data --out submission.csv --page submission.html')
+def _time(text):
+    "A time as the clock takes it"
+    from cspine_submission.clock import seconds
+    try: return seconds(text)
+    except CspineError as e: raise BadParameter(str(e)) from None
+
+@app.command(epilog='Example: cspine submit --data data --out submission.csv --time-limit 9h --page submission.html')
 def submit(
     data: Annotated[Path, Option(metavar='DIR', help='Folder with test.csv and test_images/, or a folder of studies: folders of slices, or NIfTI files.', show_default=False)],
     bundle: BundleOption = None,
     out: Annotated[Path, Option(callback=_new_file, metavar='CSV', help='Submission to write.')] = Path('submission.csv'),
     workers: Annotated[int | None, Option(min=0, metavar='N', help='Processes that read ahead.', show_default=False)] = None,
     device: Device = None,
+    time_limit: Annotated[float | None, Option(parser=_time, metavar='TIME', help='For the whole run: 9h, 8h30m, 45m or seconds. It leaves out mirror images, then folds, then the fine part of stage 1, to be in time.', show_default=False)] = None,
+    max_failed: Annotated[float, Option(min=0, max=1, metavar='SHARE', help='Of the studies, that may get the prior for a reason of ours (device, bundle, memory); above it the exit status is 3.')] = .5,
     page: Annotated[Path | None, Option(callback=_new_file, metavar='FILE', help='HTML page to write, with pictures.', show_default=False)] = None,
     truth: Annotated[Path | None, Option(metavar='CSV', help='Table like train.csv: the score is then shown, on the page too.', show_default=False)] = None,
     pictures: Annotated[int, Option(min=0, metavar='N', help='Studies on the page that get a picture, the likeliest fractures.')] = 4,
+    evidence: Annotated[bool, Option('--evidence', help='Where stage 2 looked, in the report of every study.')] = False,
+    labels: Annotated[Path | None, Option(metavar='DIR', help='Folder for the label map of every study, as NIfTI.', show_default=False)] = None,
+    dry_run: Annotated[bool, Option('--dry-run', help='Only check bundle, data, disk and device, predict one study, and say how long all will take.')] = False,
+    engine: Annotated[str, Option(metavar='local|ray', help='Where the studies are predicted: on this machine, or by the workers of a Ray cluster (cspine[ray]).')] = 'local',
 ) -> dict:
-    "Predict every study of a folder and write the submission."
-    from cspine.rsna import read_train,score,test_rows,versus_constant,write_whole
-    from cspine_submission import submit
+    "Predict every study of a folder and write the submission; exit status 3 if too many got the prior for a reason of ours."
+    from cspine.rsna import read_train,score,test_rows,versus_constant
+    from cspine_submission import dry_run as check,submit
+    from cspine_submission.page import submission_page
     if truth is not None:   # what is wrong with it is said now, not when all is predicted
         odd = set(read_train(truth).index) ^ set(test_rows(data)['StudyInstanceUID'])
         if odd: raise CspineError(f'{truth} and {data} hold different studies: {min(odd)}{f" and {len(odd)-1} more are" if len(odd) > 1 else " is"} in one of them only')
-    report = submit(data, bundle=bundle, out=out, device=device, workers=workers)
+    if dry_run:
+        found = check(data, bundle=bundle, out=out, device=device, workers=workers, time_limit=time_limit)
+        if found['problems']: raise Exit(1)
+        return found
+    report = submit(data, bundle=bundle, out=out, device=device, workers=workers, time_limit=time_limit, max_failed=max_failed, evidence=evidence,
+                    pictures=pictures if page else 0, truth=truth, labels=labels, engine=engine)
     print(f"submission: {report['path']}")
     if truth is not None:
         s = score(truth, report['path'])
         print(f"score: {s['score']:.4f} (best constant {s['best_constant']:.4f}); {versus_constant(s)}")
-    if page is not None:
-        note,stamp = Path(f"{report['path']}.parts")/'page.json',_page_stamp(page, report, truth, pictures)
-        if stamp is not None and note.exists() and note.read_text() == stamp: print(f'page: {page}, reused as it is')
-        else:
-            print(f'page: {_page(page, report, truth, bundle, device, pictures)}')
-            write_whole(note, _page_stamp(page, report, truth, pictures))
+    if page is not None: print(f'page: {submission_page(report, page, truth)}')
+    if report['alarm']: raise Exit(3)
     return report
-
-# %% ../nbs/40_cli.ipynb #98c18e8c
-def _page_stamp(page, report, truth, pictures):
-    "What the page was made from, and what it is; None where there is no page yet"
-    parts = [Path(page),Path(report['path']),Path(f"{report['path']}.parts")/'made_from.json'] + ([Path(truth)] if truth else [])
-    if not all(p.exists() for p in parts): return None
-    return json.dumps([pictures, *(hashlib.sha256(p.read_bytes()).hexdigest() for p in parts)])
-
-def _page(page, report, truth, bundle, device, pictures):
-    "The page of a submission: what its report says of each study, and pictures of the likeliest fractures and, if the truth is known, of the worst answers"
-    from dataclasses import replace
-    import pandas as pd
-    from cspine.bundle import default_bundle
-    from cspine.dicom import read_series
-    from cspine.inference import Pipeline
-    from cspine.presets import progress
-    from cspine.report import Entry,entry,report_page
-    from cspine.rsna import find_studies,read_train,score
-    from cspine_submission.runner import NO_SPINE,STOOD_IN
-    answers = None if truth is None else read_train(truth)
-    pipeline = Pipeline(default_bundle() if bundle is None else bundle, device=device)   # named: `submit` has said which
-    folders,entries = find_studies(report['data'], 'test'),[]
-    pictured = _pictured({uid:study['probabilities'] for uid,study in report['study'].items() if study['status'] != STOOD_IN}, answers, pictures)
-    for uid in progress(report['study'], 'page'):
-        study = report['study'][uid]
-        known = answers.loc[uid] if answers is not None and uid in answers.index else None
-        if uid in pictured:
-            volume = read_series(folders[uid])
-            entries.append(replace(entry(volume, pipeline.predict(volume, evidence=True), known), uid=uid))   # named as the submission names it, whatever its headers say
-        else: entries.append(Entry(uid, pd.Series(study['probabilities']), truth=known, notes=_notes(study),
-                                cervical_spine=study['status'] != NO_SPINE))
-    return report_page(entries, page, title='Submission', card=pipeline.bundle.card,
-                       score=None if truth is None else score(truth, report['path']),
-                       lead=f'Pictured: {len(pictured)} of {len(report["study"])} studies, those most likely fractured{"" if answers is None or pictures < 2 else " and those answered worst"}.' if pictured else '')
-
-def _pictured(probabilities, answers, pictures):
-    "Which studies get a picture: those most likely fractured; where the truth is known, half of them, and those answered worst"
-    import pandas as pd
-    from cspine.presets import TARGETS
-    from cspine.rsna import _losses
-    likely = sorted(probabilities, key=lambda uid: -probabilities[uid]['patient_overall'])
-    known = [] if answers is None else [uid for uid in likely if uid in answers.index]
-    if not known: return likely[:pictures]
-    weight,loss = _losses(answers.loc[known], pd.DataFrame([probabilities[uid] for uid in known], known)[list(TARGETS)])
-    worst = [known[i] for i in (-(weight*loss).sum(1)).argsort()]
-    return list(dict.fromkeys([*likely[:pictures - pictures//2], *worst, *likely]))[:pictures]
-
-def _notes(study):
-    "The reason, unless the notes say it, as those of a study that was read do"
-    told = ('; '.join(study['notes'][:k+1]) for k in range(len(study['notes'])))
-    return tuple(filter(None, [*(() if study['reason'] in told else (study['reason'],)), *study['notes']]))
 
 # %% ../nbs/40_cli.ipynb #857c2c24
 @app.command(epilog='Example: cspine score --truth data/test_truth.csv --submission submission.csv')

@@ -8,7 +8,7 @@ __all__ = ['EPS', 'COARSE', 'UNSURE', 'EFFORTS', 'Prediction', 'Pipeline', 'pred
 # %% ../nbs/22_inference.ipynb #de853867
 import sys,time
 from contextlib import contextmanager
-from dataclasses import dataclass,field
+from dataclasses import dataclass,field,replace
 import numpy as np, pandas as pd, torch
 from .bundle import load_bundle
 from .classification import predict_probabilities,strongest,with_prior
@@ -108,6 +108,16 @@ class Pipeline:
         else: notes.append(f'no cervical spine: {reason}; the prior stands in for every answer')
         p = pd.Series(np.clip(p, EPS, 1-EPS), index=list(TARGETS), name=volume.uid)
         return Prediction(volume.uid, p, labels, boxes, crops, present, bool(cervical), reason, b.prior, notes, sec, heat, looked, tuple(source))
+
+    def explain(self,
+        volume,        # Volume
+        prediction,    # Prediction of it, without evidence
+    ) -> Prediction:   # the same, with `heat` and `looked`
+        "Where stage 2 looked, found out afterwards: its networks see the crops once more"
+        p,cls = prediction,self.bundle.preset.classification
+        planes = crop_planes(p.crops, crop_masks(p.labels, volume.spacing, p.boxes, cls) if cls.mask_channel else None, cls)
+        heat = self._probabilities(planes, p.present, True, 0)[1]
+        return replace(p, heat=heat, looked=crop_points(strongest(heat), p.boxes, volume.spacing, cls, p.labels))
 
     def _probabilities(self, planes, present, evidence, effort):
         "Stage 2 at the competition's prevalence: (8,) probabilities, and where it looked or None"

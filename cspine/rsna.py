@@ -6,7 +6,7 @@
 __all__ = ['UID', 'KIND', 'ROW', 'VALUE', 'PREVALENCE', 'PRIOR', 'TableError', 'MaskError', 'validate_uid', 'read_table',
            'read_train', 'read_labels', 'read_test', 'read_boxes', 'read_submission', 'find_studies', 'test_rows',
            'write_whole', 'write_submission', 'read_mask', 'write_mask', 'folds', 'split_80_20', 'write_folds',
-           'read_folds', 'labels_sha256', 'metric', 'best_constant', 'score', 'versus_constant']
+           'read_folds', 'labels_sha256', 'exam_loss', 'metric', 'best_constant', 'score', 'versus_constant']
 
 # %% ../nbs/03_rsna.ipynb #72a6a780
 import csv,errno,hashlib,io,math,os,re,sys,tempfile
@@ -436,6 +436,13 @@ def _per_exam(truth, pred):
     "The metric of each exam"
     w,loss = _losses(truth, pred)
     return (w*loss).sum(1)/w.sum(1)
+
+def exam_loss(
+    truth,  # 0 or 1 for each of `TARGETS`: a dict or a Series
+    p,      # probabilities, likewise
+)->float:
+    "The metric of one exam"
+    return float(_per_exam(pd.DataFrame([dict(truth)]), pd.DataFrame([dict(p)]))[0])
 
 def metric(
     truth:pd.DataFrame, # index uid, columns `TARGETS`, 0 or 1

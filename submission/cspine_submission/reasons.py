@@ -1,5 +1,6 @@
-"""An exception as one line for the report."""
+"""Why something failed, as one line for the report; and when two reasons are the same."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -14,3 +15,11 @@ def why(error):
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{': ' + text if text else ''}{place}"
+
+
+def alike(reason):
+    """A reason without what is one study's own (paths, UIDs, names of files, numbers), so that equal ones count as one."""
+    text = re.sub(r"(?:[A-Za-z]:)?(?:[\w.~+-]*[/\\])+[\w.~+-]*", "PATH", reason)
+    text = re.sub(r"\b[0-9]+(?:\.[0-9]+){3,}\b", "UID", text)
+    text = re.sub(r"(?<![\w.])[\w+-]+\.(?:dcm|nii(?:\.gz)?)\b", "FILE", text)
+    return re.sub(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.])", "N", text)

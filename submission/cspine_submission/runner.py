@@ -1,111 +1,286 @@
-"""The loop over the studies: which rows, what is known already, what stands in, how long it may take."""
+"""A submission: all rows, whatever happens to a study, to the machine or to the run itself."""
 
-import gc
-import hashlib
 import json
 import math
-import os
-import queue
+import signal
 import sys
 import threading
 import time
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
-import cspine
-from cspine.dicom import study_files
 from cspine.presets import TARGETS, CspineError, progress
-from cspine.rsna import PRIOR, find_studies, test_rows, write_submission, write_whole
-from cspine_submission.reading import ReadFailed, read_ahead
-from cspine_submission.reasons import why
+from cspine.rsna import PRIOR, exam_loss, find_studies, read_train, test_rows, write_submission, write_whole
+from cspine_submission import clock as times
+from cspine_submission.child import Failed
+from cspine_submission.local import Local
+from cspine_submission.parts import Parts, model_stamp
+from cspine_submission.predicting import STOOD_IN, stand_in
+from cspine_submission.report import report_of, said
 
-PREDICTED, NO_SPINE, STOOD_IN = "predicted", "no cervical spine", "prior"
+WRITE_EVERY = 2.0  # s between two submissions on disk, at least
+EFFORTS = ("full", "no mirror images", "one fold", "coarse stage 1")  # cspine.inference's, which loads torch
 
 
 def submit(
     data,  # folder with test.csv and test_images/, or a folder of study folders
     bundle=None,  # bundle folder; None: the demo bundle, and a line that says so
     out="submission.csv",  # the CSV; beside it come submission_report.json, named like it, and the folder <out>.parts
-    device=None,  # 'cpu', 'cuda', ...; None: a GPU where there is one
-    workers=None,  # processes that read ahead of the network; None: by the number of cores
+    device=None,  # 'cpu', 'cuda', ...; None: every GPU that computes, else the CPU
+    workers=None,  # processes that read ahead of the networks; None: by the number of cores
     timeout=600,  # s that reading one study may take, and then predicting it
-    budget=None,  # s for the whole run: a study that is not reached gets the prior; None: no limit
+    time_limit=None,  # for the whole run: s, or '9h', '8h30m', '45m'; None: none
+    max_failed=0.5,  # share of the studies that may get the prior for a reason of ours before the report sounds an alarm
     resume=True,  # use what <out>.parts holds from an earlier run; False: begin again
+    evidence=False,  # where stage 2 looked, for each study of the report
+    pictures=0,  # studies whose views are kept for a page: the likeliest fractures and, if the truth is known, the worst answers
+    truth=None,  # CSV like train.csv, for that
+    labels=None,  # folder for the label map of each study
     pipeline=None,  # an object with .predict(volume), to use instead of a bundle
-):  # the report, a dict: path, report, rows, studies, counts, reused, seconds, study (uid -> status, reason, ...)
+    engine="local",  # 'local', or 'ray': on the workers of a Ray cluster
+):  # the report, a dict: path, report, rows, studies, counts, alarm, reused, seconds, study (uid -> status, reason, ...)
     """Answer every row of test.csv, once and in its order, whatever happens to a single study."""
-    start, data, out = time.monotonic(), Path(data), Path(out)
-    if not timeout > 0 or (budget is not None and not budget > 0):
-        raise CspineError("timeout and budget are seconds, and more than 0")
+    clock = times.Clock(None if time_limit is None else times.seconds(time_limit))
+    data, out = Path(data), Path(out)
+    if not timeout > 0:
+        raise CspineError(f"timeout is a number of seconds, and more than 0, not {timeout}")
+    if not 0 <= max_failed <= 1:
+        raise CspineError(f"max_failed is a share of the studies, 0 to 1, not {max_failed}")
+    if engine not in ("local", "ray"):
+        raise CspineError(f"there is no engine {engine!r}: local or ray")
     with _writing(out):
         if out.is_dir():
             raise CspineError(f"{out} is a folder; out takes the CSV file to write")
-    rows = test_rows(data)
+    if pipeline is None:
+        bundle = _named(bundle)
+    bad, twice = {}, {}
+    rows = test_rows(data, bad)
     if not len(rows):
         raise CspineError(f"{data / 'test.csv'} has no rows to answer")
-    uids, folders = list(dict.fromkeys(rows["StudyInstanceUID"])), find_studies(data, "test")
-    model = _model_stamp(bundle, pipeline)
+    answers = None if truth is None else read_train(truth)
+    folders = find_studies(data, "test", twice)
     with _writing(out):
-        parts = Parts(out, rows, model, resume)
-    known = {uid: parts.load(uid, folders.get(uid)) for uid in uids}
-    todo = [uid for uid in uids if known[uid] is None]
-    if len(todo) < len(uids):
-        print(f"reusing {len(uids) - len(todo)} of {len(uids)} studies from {parts.folder}", flush=True)
-    if todo and pipeline is None:
-        from cspine.inference import Pipeline  # loads torch, so only where there is something to predict
-
-        pipeline = Pipeline(bundle, device=device)
-    prior = _prior(pipeline)
-
-    def left():
-        return math.inf if budget is None else budget - (time.monotonic() - start)
-
-    if workers is None:
-        workers = min(4, (os.cpu_count() or 2) // 2)
-    volumes = read_ahead([folders[uid] for uid in todo if uid in folders], max(1, workers), timeout)
-    predict, studies = TimeLimit(), dict(known)
+        parts = Parts(out, rows, model_stamp(bundle if pipeline is None else getattr(getattr(pipeline, "bundle", None), "path", None)), resume)
+    run = Run(rows, bad, twice, folders, out, parts, clock, answers, pictures)
+    with _writing(out):
+        run.write(now=True)  # complete and valid from here on
+    if run.todo or run.blank():
+        with _stoppable() as stopped, _engine(engine, bundle, device, pipeline, workers, timeout, clock) as work:
+            run.work(work, evidence, labels)
+            run.repicture(work)
+        run.stopped = stopped[0] if stopped else None
+    run.leave()
+    report = report_of(run, data, max_failed, time_limit)
+    with _writing(out):
+        run.write(now=True)
     try:
-        for uid in progress(todo, "predicting", total=len(todo)):
-            seconds = {}
-            if uid not in folders:
-                study = _stand_in(prior, f"no folder for it in {data / 'test_images'}")
-            elif left() <= 0:
-                study = _stand_in(prior, f"the {budget:g} s for the whole run were over before its turn")
-            else:
-                volume, seconds["read"] = next(volumes)
-                if isinstance(volume, ReadFailed):
-                    study = _stand_in(prior, str(volume))
-                else:
-                    began = time.monotonic()
-                    study = predict(_answer, pipeline, volume, prior, limit=max(1, min(timeout, left())))
-                    seconds["predict"] = time.monotonic() - began
-                del volume  # not beside the next one
-            studies[uid] = study | {"seconds": {step: round(s, 3) for step, s in seconds.items()}, "reused": False}
-            parts.save(uid, folders.get(uid), studies[uid])
-    finally:
-        volumes.close()
-
-    answers = [studies[uid]["probabilities"][t] for uid, t in zip(rows["StudyInstanceUID"], rows["prediction_type"])]
-    with _writing(out):
-        write_submission(pd.DataFrame({"row_id": rows["row_id"], "fractured": answers}), out)
-    report = {
-        "path": str(out),
-        "report": str(out.with_name(f"{out.stem}_report.json")),
-        "data": str(data),
-        "rows": len(rows),
-        "studies": len(uids),
-        "counts": dict(Counter(s["status"] for s in studies.values())),
-        "reused": len(uids) - len(todo),
-        "seconds": round(time.monotonic() - start, 2),
-        "study": studies,
-    }
-    with _writing(report["report"]):
         write_whole(report["report"], json.dumps(report, indent=1, allow_nan=False))
-    print(_summary(report), flush=True)
+    except OSError as e:  # the submission is there
+        print(f"{report['report']} cannot be written ({e.strerror}): {out} is complete without it", file=sys.stderr, flush=True)
+    print(said(report), flush=True)
+    if run.stopped:
+        raise run.stopped
+    # not in the file, but for the page: uid -> bytes of a `cspine.view.View` or None, and what the bundle says of itself
+    report |= {"view": parts.view, "card": _card(bundle) if pipeline is None else run.facts.get("card", {})}
     return report
+
+
+class Run:
+    """What is known of each row and study so far, and the file that says it."""
+
+    def __init__(self, rows, bad, twice, folders, out, parts, clock, truth, pictures):
+        self.rows, self.folders, self.out, self.parts, self.clock = rows, folders, out, parts, clock
+        self.truth, self.pictures, self.facts, self.stopped, self.lost = truth, pictures, {}, None, ""
+        self.prior, self.written, self.took = {t: float(PRIOR[t]) for t in TARGETS}, -math.inf, 0.0
+        wrong = {uid: bad[row] for row, uid in zip(rows["row_id"], rows["StudyInstanceUID"]) if row in bad}
+        self.bad, self.twice, self.studies, self.todo = bad, twice, {}, []
+        self.losses, self.likely, self.worst = {}, [], []  # of studies with a truth; the highest patient_overall and losses so far
+        for uid in dict.fromkeys(rows["StudyInstanceUID"]):
+            if uid in folders:
+                known = parts.load(uid, folders[uid])
+                if known is None or (known.get("effort") and clock.limit == math.inf):
+                    self.todo.append(uid)
+                else:
+                    self.studies[uid] = known
+                    self._rank(uid)
+            else:
+                self.answer(uid, {"failed": wrong.get(uid, "no folder for it in test_images")})
+        if self.reused:
+            print(f"reusing {self.reused} of {len(self.studies) + len(self.todo)} studies from {parts.folder}", flush=True)
+
+    @property
+    def reused(self):
+        """How many studies an earlier run has answered."""
+        return sum(s.get("reused", False) for s in self.studies.values())
+
+    def answer(self, uid, study):
+        """Take in what is known of a study: the prior and the reason, if it `failed`."""
+        if "failed" in study:
+            study = stand_in(self.prior, study["failed"]) | {k: v for k, v in study.items() if k != "failed"}
+        study.pop("steps", None)
+        view = study.pop("view", None)
+        if uid in self.twice:
+            study["notes"] = [*study["notes"], self.twice[uid]]
+        study["seconds"] = {step: round(s, 3) for step, s in study.get("seconds", {}).items()}
+        if study.get("effort"):
+            study["effort"] = EFFORTS[study["effort"]]
+        self.studies[uid] = study | {"reused": False}
+        self._rank(uid)
+        if uid in self.folders:
+            self.parts.save(uid, self.folders[uid], self.studies[uid], view)
+
+    def _rank(self, uid):
+        study = self.studies[uid]
+        if not self.pictures or study["status"] == STOOD_IN:
+            return
+        self.likely = sorted([*self.likely, study["probabilities"]["patient_overall"]], reverse=True)[: self.pictures]
+        if self.truth is not None and uid in self.truth.index:
+            self.losses[uid] = exam_loss(self.truth.loc[uid], study["probabilities"])
+            self.worst = sorted([*self.worst, self.losses[uid]], reverse=True)[: self.pictures]
+
+    def work(self, engine, evidence, labels):
+        """Let the engine answer all that is to do."""
+        try:
+            self.facts = engine.start()
+        except Failed as e:
+            self.lost = str(e)
+            print(f"nothing can be predicted: {self.lost}", file=sys.stderr, flush=True)
+            return
+        self.prior = self.facts["prior"] or self.prior
+        self.clock.folds = self.facts["folds"]
+        if not self.todo:
+            return
+        print(f"predicting {len(self.todo)} studies on {self.facts['device']}", flush=True)
+        waiting = set(self.todo)
+        results = engine.results(self.todo, self.folders, self.question(evidence, labels), lambda: self.prior)
+        for uid, study in progress(results, "predicting", total=len(self.todo), more=lambda: self._when(waiting)):
+            waiting.discard(uid)
+            self.answer(uid, study)
+            try:
+                self.write()
+            except OSError as e:  # what stands there is complete; it is tried again, and at the end it is an error
+                self.written = time.monotonic()
+                print(f"{self.out} cannot be renewed for now ({e.strerror})", file=sys.stderr, flush=True)
+        self.lost = engine.lost
+
+    def leave(self):
+        """The prior, and the reason, for what was not answered."""
+        late = self.clock.work_left() <= 0.5
+        for uid in self.todo:
+            if uid not in self.studies:
+                reason = "the time limit was reached before its turn" if late else self.lost or "the run was stopped before its turn"
+                self.answer(uid, {"failed": reason, "ours": bool(self.lost) and not late})
+
+    def question(self, evidence, labels):
+        """What each study is asked, beside its volume: a function of its uid."""
+        def asked(uid):
+            return {"evidence": evidence, "picture": self._picture(uid), "labels": None if labels is None else (str(labels), self._name(uid))}
+        return asked
+
+    def _name(self, uid):
+        from cspine.rsna import TableError, validate_uid
+        try:
+            return validate_uid(uid)
+        except TableError:
+            return f"study_{self.parts.number[uid]:05d}"  # no path is made of what a table or a folder says
+
+    def _picture(self, uid):
+        if not self.pictures:
+            return None
+        known = None if self.truth is None or uid not in self.truth.index else {t: int(self.truth.loc[uid, t]) for t in TARGETS}
+        likely, worst = (top[-1] if len(top) == self.pictures else 0.0 for top in (self.likely, self.worst))
+        return {"likely": likely, "truth": known, "worst": worst}
+
+    def pictured(self):
+        """The uids that a page shows: the likeliest fractures and, where the truth is known, half of them and those answered worst."""
+        if not self.pictures:
+            return []
+        p = {u: s["probabilities"] for u, s in self.studies.items() if s["status"] != STOOD_IN}
+        likely = sorted(p, key=lambda u: -p[u]["patient_overall"])
+        known = [u for u in likely if self.truth is not None and u in self.truth.index]
+        worst = sorted(known, key=lambda u: -self.losses[u])
+        first = likely[: self.pictures - self.pictures // 2] if known else likely
+        return list(dict.fromkeys([*first, *worst, *likely]))[: self.pictures]
+
+    def blank(self):
+        """Pictured studies whose view an earlier run, which made no page, did not keep."""
+        return [u for u in self.pictured() if self.studies[u].get("reused") and self.parts.view(u) is None]
+
+    def repicture(self, engine):
+        """Predict such studies once more, for their view."""
+        blank = self.blank() if self.facts else []
+        def asked(uid):
+            return {"evidence": False, "picture": {"likely": 0.0, "truth": None, "worst": 0.0}, "labels": None}
+        for uid, study in engine.results(blank, self.folders, asked, lambda: self.prior) if blank else ():
+            if study.get("view") is not None:
+                self.parts.save(uid, self.folders[uid], self.studies[uid], study["view"])
+
+    def write(self, now=False):
+        """The submission as a whole; not too often, unless `now`."""
+        start = time.monotonic()
+        if not now and start - self.written < max(WRITE_EVERY, 20 * self.took):
+            return
+        def row(uid, kind):
+            known = self.studies[uid]["probabilities"] if uid in self.studies else self.prior
+            return known.get(kind, 0.5)  # 0.5: a row of no kind that we know
+        p = [row(u, k) for u, k in zip(self.rows["StudyInstanceUID"], self.rows["prediction_type"])]
+        write_submission(pd.DataFrame({"row_id": self.rows["row_id"], "fractured": p}), self.out)
+        self.written = time.monotonic()
+        self.took = self.written - start
+
+    def _when(self, waiting):
+        effort = self.clock.effort(len(waiting))
+        left = self.clock.end(len(waiting), effort)
+        step = "" if self.clock.limit == math.inf else f", step: {EFFORTS[effort]}"
+        return "" if left is None else f"done at {time.strftime('%H:%M', time.localtime(time.time() + left))} (in {times.clock(left)}){step}"
+
+
+def _named(bundle):
+    from cspine.bundle import default_bundle
+    if bundle is None:
+        return default_bundle()
+    if not (Path(bundle) / "bundle.json").is_file():
+        raise CspineError(f"{bundle} is not a bundle: it has no bundle.json")
+    return Path(bundle)
+
+
+def _card(bundle):
+    return json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).get("card", {})
+
+
+@contextmanager
+def _engine(name, bundle, device, pipeline, workers, timeout, clock):
+    if name == "ray":
+        from cspine_submission.on_ray import OnRay
+        work = OnRay(bundle, device, timeout, clock)
+    else:
+        work = Local(bundle, device, pipeline, workers, timeout, clock)
+    try:
+        yield work
+    finally:
+        work.close()
+
+
+class Stopped(SystemExit):
+    """The run was told to end; what was known by then is written."""
+
+
+@contextmanager
+def _stoppable():
+    """SIGTERM ends the work as Ctrl-C does, and then all is written; yields a list that gets the exception."""
+    stopped = []
+    def stop(number, frame):
+        raise Stopped(128 + number)
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield stopped
+    except (Stopped, KeyboardInterrupt) as e:
+        stopped.append(e)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -117,171 +292,3 @@ def _writing(path):
         raise CspineError(f"{path} cannot be written ({e.strerror}): name a CSV in a folder that you can write to") from e
 
 
-class TimeLimit:
-    """Call a function in a thread, but wait only so long for it; a call that hangs is left behind."""
-
-    def __init__(self):
-        self._start()
-
-    def _start(self):
-        # one thread for all calls, since torch keeps much of what it prepared per thread; a daemon, so that a hanging
-        # call does not hold up the end of the process
-        self.calls, self.answers = queue.SimpleQueue(), queue.SimpleQueue()
-        threading.Thread(target=self._serve, args=(self.calls, self.answers), daemon=True).start()
-
-    @staticmethod
-    def _serve(calls, answers):
-        while True:
-            function, args = calls.get()
-            answers.put(function(*args))
-            del function, args  # a volume, which would stay in memory until the next call
-
-    def __call__(self, function, pipeline, volume, prior, limit):
-        """What the function returns, or the prior if that takes more than `limit` s."""
-        self.calls.put((function, (pipeline, volume, prior)))
-        try:
-            return self.answers.get(timeout=limit)
-        except queue.Empty:
-            self._start()
-            return _stand_in(prior, f"predicting took more than {limit:g} s", volume)
-
-
-class Parts:
-    """The folder <out>.parts: one file per study that is done, so that a run that was killed goes on."""
-
-    def __init__(self, out, rows, model, resume):
-        self.folder = Path(f"{out}.parts")
-        self.number = {uid: i for i, uid in enumerate(dict.fromkeys(rows["StudyInstanceUID"]))}
-        made_from = {"rows": _sha256("\n".join(rows["row_id"])), "model": model}
-        mine = self.folder / "made_from.json"
-        before = _read_json(mine)
-        if resume and model is not None and before == made_from:
-            return
-        old = list(self.folder.glob("study_*.json"))
-        if old:
-            changed = "resume is off" if not resume else "the bundle, the code or test.csv is another"
-            print(f"beginning again, not reusing {len(old)} studies in {self.folder}: {changed}", flush=True)
-        for path in old:
-            path.unlink()
-        write_whole(mine, json.dumps(made_from))
-
-    def _path(self, uid):
-        return self.folder / f"study_{self.number[uid]:05d}.json"  # not the uid: it need not be a file name
-
-    def load(self, uid, folder):
-        """What an earlier run found, None if there is nothing or the study's files have changed."""
-        part = _read_json(self._path(uid))
-        if part is None or folder is None or part["files"] is None or part["files"] != _files_stamp(folder):
-            return None
-        return part["study"] | {"reused": True}
-
-    def save(self, uid, folder, study):
-        """Keep a study; one that failed is not kept: the next run tries it again."""
-        if study["status"] == STOOD_IN:
-            return
-        try:
-            write_whole(self._path(uid), json.dumps({"uid": uid, "files": _files_stamp(folder), "study": study}))
-        except OSError as e:  # a full disk costs the resume, not the run
-            study["notes"].append(f"not kept for another run: {e.strerror}")
-
-
-def _answer(pipeline, volume, prior):
-    """A study's part of the report. Never raises: it runs in a thread that all other studies need, too."""
-    try:
-        prediction = _predict(pipeline, volume)
-        p = {t: float(prediction.probabilities[t]) for t in TARGETS}
-        odd = [f"{t} = {v}" for t, v in p.items() if not 0 <= v <= 1]  # also true of nan
-        if odd:
-            return _stand_in(prior, f"the pipeline's answer is no probability: {', '.join(odd)}", volume)
-        found = bool(prediction.cervical_spine)
-        return {
-            "status": PREDICTED if found else NO_SPINE,
-            # a study that was read with a repair is answered, but the report says so as plainly as of one that was not
-            "reason": "; ".join(map(str, volume.notes)) if found else str(prediction.reason),
-            "notes": [str(n) for n in prediction.notes],
-            "boxes_from": list(prediction.boxes_from) if _has_yolo(pipeline) else [],  # of C1..C7: yolo, mask or nothing
-            "slices": int(volume.shape[0]),
-            "probabilities": p,
-        }
-    except BaseException as e:  # noqa: BLE001, a library's SystemExit too
-        return _stand_in(prior, why(e), volume)
-
-
-def _has_yolo(pipeline):
-    return bool(getattr(getattr(pipeline, "bundle", None), "detection", None))
-
-
-def _predict(pipeline, volume):
-    try:
-        return pipeline.predict(volume)
-    except Exception as e:
-        if not isinstance(e, MemoryError) and type(e).__name__ != "OutOfMemoryError":  # torch's, without torch
-            raise
-    # the exception is gone here, and with it the frames that held the memory
-    gc.collect()
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
-    return pipeline.predict(volume)
-
-
-def _stand_in(prior, reason, volume=None):
-    """The part of the report for a study that got the prior."""
-    notes = [] if volume is None else [str(n) for n in volume.notes]
-    slices = None if volume is None else int(volume.shape[0])
-    return {"status": STOOD_IN, "reason": reason, "notes": notes, "slices": slices, "probabilities": dict(prior)}
-
-
-def _prior(pipeline):
-    """The bundle's answer without evidence; the competition's best constant where there is no bundle."""
-    prior = getattr(getattr(pipeline, "bundle", None), "prior", None)
-    return {t: float((PRIOR if prior is None else prior)[t]) for t in TARGETS}
-
-
-def _model_stamp(bundle, pipeline):
-    """A hash of the bundle and of cspine's code: another model or an edited notebook asks for another run."""
-    if pipeline is not None:
-        bundle = getattr(pipeline, "bundle", None)
-        if bundle is None:
-            return None
-    elif bundle is None:
-        from cspine.bundle import default_bundle
-
-        bundle = default_bundle()
-    card = Path(getattr(bundle, "path", bundle)) / "bundle.json"  # holds the SHA-256 of each of its files
-    if not card.is_file():
-        return None
-    code = sorted(Path(cspine.__file__).parent.glob("*.py"))
-    return _sha256("".join(_sha256(p.read_bytes()) for p in [card, *code]))
-
-
-def _files_stamp(folder):
-    """A hash of the names, sizes and times of a study's files; None if they cannot be listed."""
-    try:
-        facts = [(os.path.relpath(f, folder), f.stat().st_size, f.stat().st_mtime_ns) for f in study_files(folder)]
-    except OSError:  # gone or not ours to read: what is known of it is not used
-        return None
-    return _sha256(json.dumps(facts))
-
-
-def _sha256(content):
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or not ours: then it is made again
-        return None
-
-
-def _summary(report):
-    counts = ", ".join(f"{n} {status}" for status, n in report["counts"].items())
-    reasons = Counter(s["reason"] for s in report["study"].values() if s["status"] == STOOD_IN)
-    lines = [f"{report['studies']} studies in {report['seconds']:.0f} s: {counts}"]
-    lines += [f"  prior for {n}: {reason}" for reason, n in reasons.most_common(5)]
-    if len(reasons) > 5:
-        lines.append(f"  and {len(reasons) - 5} more reasons, in {report['report']}")
-    boxes = Counter(b for s in report["study"].values() for b in s.get("boxes_from", ()) if b)
-    if boxes:
-        lines.append(f"  YOLO finds no box of {boxes['mask']} of {boxes.total()} vertebrae: the label map's cut the crops")
-    return "\n".join(lines)

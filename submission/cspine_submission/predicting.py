@@ -1,0 +1,187 @@
+"""Answer one study: in a process of its own with a bundle's pipeline, or here with an object that can predict."""
+
+import gc
+import queue
+import sys
+import threading
+from pathlib import Path
+
+from cspine.presets import TARGETS
+from cspine_submission.child import Child, Failed
+from cspine_submission.reasons import why
+
+PREDICTED, NO_SPINE, STOOD_IN = "predicted", "no cervical spine", "prior"
+PIPELINE = "cspine_submission.predicting:pipeline"  # what a predictor process makes
+
+
+def pipeline(bundle, device, threads):
+    """What a predictor process says of itself, and what it answers with."""
+    from cspine.inference import EFFORTS, Pipeline
+    from cspine.segmentation import find_devices
+
+    made = Pipeline(bundle, device=device, threads=threads)
+    b = made.bundle
+    expected = getattr(b, "expected", None)
+    facts = {
+        "device": str(made.device), "note": made.device_note, "devices": [str(d) for d in find_devices(device)[0]],
+        "prior": {t: float(b.prior[t]) for t in TARGETS}, "folds": (len(b.segmentation), len(b.classification)),
+        "efforts": list(EFFORTS), "card": b.card, "expected": None if expected is None else {t: list(map(float, expected[t])) for t in TARGETS},
+    }
+    return facts, lambda question: answer(made, **question)
+
+
+class Thread:
+    """Answers in a thread of this process, for a pipeline that lives here; a call that hangs is left behind."""
+
+    closed = False
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+        self._begin()
+
+    def _begin(self):
+        # one thread for all calls, since torch keeps much of what it prepared per thread; a daemon, so that a hanging
+        # call does not hold up the end of the process
+        self.calls, self.answers = queue.SimpleQueue(), queue.SimpleQueue()
+        threading.Thread(target=self._serve, args=(self.pipeline, self.calls, self.answers), daemon=True).start()
+
+    @staticmethod
+    def _serve(pipeline, calls, answers):
+        while True:
+            question = calls.get()
+            answers.put(answer(pipeline, **question))
+            del question  # a volume, which would stay in memory until the next call
+
+    def start(self, timeout=None):
+        """What is known of the pipeline, as a process would tell it."""
+        bundle = getattr(self.pipeline, "bundle", None)
+        prior, count = getattr(bundle, "prior", None), lambda stage: len(getattr(bundle, stage, None) or [0])
+        return {
+            "device": str(getattr(self.pipeline, "device", "here")), "note": getattr(self.pipeline, "device_note", ""), "devices": [],
+            "prior": None if prior is None else {t: float(prior[t]) for t in TARGETS},
+            "folds": (count("segmentation"), count("classification")), "efforts": None, "card": getattr(bundle, "card", None) or {}, "expected": None,
+        }
+
+    def ask(self, question, timeout):
+        """The answer, or Failed if that takes more than `timeout` s."""
+        self.calls.put(question)
+        try:
+            return self.answers.get(timeout=min(timeout, threading.TIMEOUT_MAX))
+        except queue.Empty:
+            self._begin()
+            raise Failed(f"predicting took more than {timeout:.3g} s") from None
+
+    def close(self):
+        """A thread cannot be ended; it is a daemon."""
+
+
+def process(bundle, device, threads):
+    """A predictor in a process of its own."""
+    return Child(PIPELINE, None if bundle is None else str(bundle), device, threads, doing="predicting")
+
+
+def answer(pipeline, volume, prior, effort=0, evidence=False, picture=None, labels=None):
+    """A study's part of the report. Never raises: it runs in a thread that all other studies need, too.
+
+    `picture`: the least patient_overall, of a study with a truth (under 'truth') the least loss, for which the page
+    wants a view; it comes back as bytes under 'view'. `labels`: (folder, name) of a label map to write.
+    """
+    try:
+        prediction, spared = _predict(pipeline, volume, effort, evidence)
+        p = {t: float(prediction.probabilities[t]) for t in TARGETS}
+        odd = [f"{t} = {v}" for t, v in p.items() if not 0 <= v <= 1]  # also true of nan
+        if odd:
+            return stand_in(prior, f"the pipeline's answer is no probability: {', '.join(odd)}", volume)
+        found = bool(prediction.cervical_spine)
+        study = {
+            "status": PREDICTED if found else NO_SPINE,
+            # a study that was read with a repair is answered, but the report says so as plainly as of one that was not
+            "reason": "; ".join(map(str, volume.notes)) if found else str(prediction.reason),
+            "notes": [*map(str, prediction.notes), *spared],
+            "boxes_from": list(prediction.boxes_from) if _has_yolo(pipeline) else [],  # of C1..C7: yolo, mask or nothing
+            "slices": int(volume.shape[0]),
+            "probabilities": p,
+            "steps": {k: float(v) for k, v in (getattr(prediction, "seconds", None) or {}).items()},
+        }
+        if evidence and getattr(prediction, "looked", None) is not None:
+            study["looked"] = [[round(float(v), 1) for v in at] if at[0] == at[0] else None for at in prediction.looked]  # (z, y, x); None: nothing seen
+    except BaseException as e:  # noqa: BLE001, a library's SystemExit too
+        return stand_in(prior, why(e), volume) | {"memory": _out_of_memory(e), "broken": _broken_device(e)}
+    for doing, extra in (("its picture", lambda: _view(pipeline, volume, prediction, picture)), ("its label map", lambda: _write_labels(volume, prediction, labels))):
+        try:
+            study |= extra() or {}
+        except Exception as e:  # noqa: BLE001, the answer stands without them
+            study["notes"].append(f"{doing} could not be made: {why(e)}")
+    return study
+
+
+def stand_in(prior, reason, volume=None):
+    """The part of the report for a study that got the prior."""
+    notes = [] if volume is None else [str(n) for n in volume.notes]
+    slices = None if volume is None else int(volume.shape[0])
+    return {"status": STOOD_IN, "reason": reason, "notes": notes, "slices": slices, "probabilities": dict(prior), "steps": {}}
+
+
+def _has_yolo(pipeline):
+    return bool(getattr(getattr(pipeline, "bundle", None), "detection", None))
+
+
+def _out_of_memory(error):
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
+
+
+def _broken_device(error):
+    # after an error of the driver nothing that this process asks of the GPU is answered any more
+    return type(error).__name__ == "AcceleratorError" or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
+def _predict(pipeline, volume, effort, evidence):
+    # only what differs from the usual is said: an object of the user's own need not know it
+    options = ({"effort": effort} if effort else {}) | ({"evidence": True} if evidence else {})
+    for attempt in ("as always", "in small pieces", "on the CPU"):
+        try:
+            if attempt == "in small pieces":
+                pipeline.batch = 1
+            if attempt != "on the CPU":
+                return pipeline.predict(volume, **options), [] if attempt == "as always" else ["the memory did not suffice at first: predicted in small pieces"]
+            return _on_cpu(pipeline).predict(volume, **options), ["the GPU's memory did not suffice: predicted on the CPU"]
+        except Exception as e:
+            if not _out_of_memory(e) or attempt == "on the CPU" or (attempt == "in small pieces" and getattr(getattr(pipeline, "device", None), "type", "cpu") == "cpu"):
+                raise
+        finally:
+            if attempt == "in small pieces":
+                pipeline.batch = None
+        # the exception is gone here, and with it the frames that held the memory
+        gc.collect()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+
+
+def _on_cpu(pipeline):
+    if getattr(pipeline, "cpu", None) is None:
+        pipeline.cpu = type(pipeline)(pipeline.bundle.path, device="cpu")
+    return pipeline.cpu
+
+
+def _view(pipeline, volume, prediction, picture):
+    """What the page draws of a study, if it may be one of those that it shows."""
+    if picture is None:
+        return None
+    from cspine.rsna import exam_loss
+    from cspine.view import view_of
+
+    p, truth = prediction.probabilities, picture["truth"]
+    if p["patient_overall"] < picture["likely"] and (truth is None or exam_loss(truth, p) < picture["worst"]):
+        return None
+    if prediction.heat is None and prediction.cervical_spine:
+        prediction = pipeline.explain(volume, prediction)
+    return {"view": view_of(volume, prediction).to_bytes()}
+
+
+def _write_labels(volume, prediction, labels):
+    if labels is None:
+        return None
+    from cspine.labelmaps import write_study_labels
+
+    folder, name = labels
+    return {"labels": Path(write_study_labels(folder, name, prediction.labels, volume)).name}
