@@ -51,12 +51,19 @@ class FakePipeline:
     """Answers hu / 1000 for every target, or fails as the study says."""
 
     def __init__(self, bundle=None):
-        self.seen, self.oom = [], 0
+        self.seen, self.asked, self.oom = [], [], 0
         self.bundle = None if bundle is None else SimpleNamespace(path=bundle, prior=pd.Series(0.25, index=TARGETS))
 
-    def predict(self, volume):
+    def predict(self, volume, effort=0, evidence=False):
         self.seen.append(volume.uid)
+        self.asked.append((effort, evidence))
+        time.sleep(volume.what.get("work", 0) / (1 + effort))
         how = volume.what.get("predict")
+        once = volume.what.get("marker")  # a file: what is to happen happens until it is there, and then no more
+        if once and Path(once).exists():
+            how = None
+        elif once:
+            Path(once).touch()
         if how == "error":
             raise RuntimeError("shapes do not\nmatch")
         if how == "exit":
@@ -65,6 +72,12 @@ class FakePipeline:
             time.sleep(60)
         if how == "memory" or (how == "memory once" and self.seen.count(volume.uid) == 1):
             raise MemoryError
+        if how == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if how == "out of memory killer":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "gpu":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if how == "kill the run":
             os.kill(os.getpid(), signal.SIGKILL)
         p = pd.Series(volume.hu[0, 0, 0] / 1000, index=list(TARGETS))
@@ -79,3 +92,21 @@ class FakePipeline:
             probabilities=p, notes=[*volume.notes, "a note of the pipeline"], cervical_spine=spine,
             reason="" if spine else "no bone of the neck's shape",
         )
+
+
+def pipeline(bundle, device, threads):
+    """Made in a predictor process instead of cspine_submission.predicting:pipeline; a bundle named broken cannot be loaded."""
+    from cspine_submission.predicting import answer
+
+    if bundle and Path(bundle).name == "broken":
+        raise CspineError("the weights are not the file that was bundled")
+    made = FakePipeline(Path(bundle))
+    facts = {"device": device or "cpu", "note": "", "devices": ["cpu"], "folds": (1, 1), "card": {}, "expected": None}
+    if Path(bundle).name == "gpus":
+        facts |= {"device": device or "cuda:0", "devices": ["cuda:0", "cuda:1"]}
+
+    def work(question):
+        study = answer(made, **question)
+        return study | {"pid": os.getpid(), "device": facts["device"]}
+
+    return facts, work

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -22,7 +23,9 @@ from cspine.dicom import write_series
 from cspine.phantom import phantom
 from cspine.presets import TARGETS, CspineError
 from cspine.rsna import PRIOR
-from cspine_submission import reading, submit
+from cspine_submission import child, dry_run, local, predicting, reading, submit
+from cspine_submission.clock import Clock, seconds
+from cspine_submission.reasons import alike
 from pydicom.data import get_testdata_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the reader processes as well
@@ -38,10 +41,21 @@ def fake_reader(monkeypatch):
 
 @pytest.fixture
 def bundle(tmp_path):
-    folder = tmp_path / "bundle"
+    return make_bundle(tmp_path / "bundle")
+
+
+def make_bundle(folder):
     folder.mkdir()
-    (folder / "bundle.json").write_text("{}")
+    (folder / "bundle.json").write_text(json.dumps({"prior": dict.fromkeys(TARGETS, 0.25)}))
     return folder
+
+
+@pytest.fixture
+def processes(monkeypatch, fake_reader, bundle):
+    """Predictor processes with the pipeline of fake_study; two of them."""
+    monkeypatch.setattr(predicting, "PIPELINE", "fake_study:pipeline")
+    monkeypatch.setattr(local, "_cores", lambda: 2)
+    return bundle
 
 
 def write_test_csv(data, uids, kinds=TARGETS, shuffle=False, columns=("row_id", "StudyInstanceUID", "prediction_type"), **kw):
@@ -114,7 +128,7 @@ def bundle_outside(bundle):
 
 
 FAILURES = {
-    "missing": (None, "no folder for it in"),
+    "missing": (None, "no folder for it in test_images"),
     "crash": ({"read": "crash"}, "died (killed by SIGSEGV"),
     "exit": ({"read": "exit"}, "died (exit code 3"),
     "error": ({"read": "error"}, "slice 3 is torn"),
@@ -159,17 +173,8 @@ def test_nothing_can_be_read_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "READER", "no_such_module:read")
     make(tmp_path / "scans/1.2")
     report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline())
-    assert "ModuleNotFoundError" in report["study"]["1.2"]["reason"]
+    assert "ModuleNotFoundError" in report["study"]["1.2"]["reason"] and report["alarm"]
     assert len(answers(tmp_path / "s.csv")[0]) == 8
-
-
-def test_the_time_for_the_whole_run(tmp_path, fake_reader):
-    for i in range(4):
-        make(tmp_path / "scans" / f"1.{i}", hu=500, seconds=1)
-    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline(), workers=1, budget=2.5)
-    done = [s["status"] for s in report["study"].values()]
-    assert done[0] == "predicted" and done[-1] == "prior"
-    assert "were over" in report["study"]["1.3"]["reason"]
 
 
 def test_volumes_are_read_ahead_but_not_all_at_once(tmp_path, fake_reader):
@@ -181,13 +186,20 @@ def test_volumes_are_read_ahead_but_not_all_at_once(tmp_path, fake_reader):
     def ask():
         for f in folders:
             asked.append(f)
-            yield f
+            yield f.name, f
 
     volumes = reading.read_ahead(ask(), 2, 60)
     got = [next(volumes)]
-    assert len(asked) == 3  # the one that we have and two more
+    assert len(asked) == 2
     got += volumes
-    assert [v.uid for v, _ in got] == [f.name for f in folders]
+    assert sorted(key for key, _, _ in got) == [f.name for f in folders] and all(v.uid == key for key, v, _ in got)
+
+
+def test_a_study_that_hangs_holds_up_no_other(tmp_path, fake_reader):
+    for i in range(4):
+        make(tmp_path / f"1.{i}", seconds=3 if i == 0 else 0)
+    order = [key for key, _, _ in reading.read_ahead([(f"1.{i}", tmp_path / f"1.{i}") for i in range(4)], 2, 60)]
+    assert order[-1] == "1.0"
 
 
 def test_reading_overlaps_with_predicting(tmp_path, fake_reader):
@@ -195,9 +207,9 @@ def test_reading_overlaps_with_predicting(tmp_path, fake_reader):
         make(tmp_path / "scans" / f"1.{i}", seconds=0.5)
 
     class Slow(FakePipeline):
-        def predict(self, volume):
+        def predict(self, volume, **options):
             time.sleep(0.5)
-            return super().predict(volume)
+            return super().predict(volume, **options)
 
     report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=Slow(), workers=1)
     waited = sum(s["seconds"]["read"] for s in report["study"].values())
@@ -206,13 +218,36 @@ def test_reading_overlaps_with_predicting(tmp_path, fake_reader):
 
 def test_a_reader_that_dies_idle_is_replaced(tmp_path, fake_reader):
     make(tmp_path / "1.2")
-    r = reading.Reader()
-    r.read(tmp_path / "1.2", 60)
+    r = child.Child("cspine_submission.reading:reader", reading.READER, doing="reading")
+    r.ask(tmp_path / "1.2", 60)
     r.process.kill()
     r.process.wait()
-    assert r.read(tmp_path / "1.2", 60).uid == "1.2"
+    assert r.ask(tmp_path / "1.2", 60).uid == "1.2"
     r.close()
     r.close()
+
+
+def test_a_process_whose_run_is_gone_ends_by_itself(tmp_path):
+    """Also in the middle of a study: nobody is left who would kill it."""
+    make(tmp_path / "1.2", seconds=60)
+    script = f"""
+import os, threading, time
+from cspine_submission import child
+r = child.Child("cspine_submission.reading:reader", "fake_study:read")
+r.start()
+threading.Thread(target=r.ask, args=({str(tmp_path / "1.2")!r}, 60), daemon=True).start()
+time.sleep(1)
+print(r.process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    env = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    pid = int(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout)
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it went on")
 
 
 def test_a_second_run_reuses_what_still_fits(tmp_path, fake_reader, bundle, capsys, monkeypatch):
@@ -268,7 +303,7 @@ def test_a_second_run_reuses_what_still_fits(tmp_path, fake_reader, bundle, caps
 def test_a_killed_run_goes_on(tmp_path, bundle):
     data, out = tmp_path / "data", tmp_path / "s.csv"
     for i in range(4):
-        make(data / "test_images" / f"1.{i}", hu=100 * i, **({"predict": "kill the run"} if i == 2 else {}))
+        make(data / "test_images" / f"1.{i}", hu=100 * i, **({"predict": "kill the run", "work": 1} if i == 2 else {}))
     write_test_csv(data, [f"1.{i}" for i in range(4)])
     script = textwrap.dedent(f"""
         from cspine_submission import reading, submit
@@ -282,25 +317,26 @@ def test_a_killed_run_goes_on(tmp_path, bundle):
     env = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
     first = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True)
     assert first.returncode == -signal.SIGKILL, first.stderr
-    assert not out.exists() and not list(tmp_path.glob(".s.csv*"))
+    assert len(answers(out)[0]) == 32 and not list(tmp_path.glob(".s.csv*"))  # complete, whenever the run is killed
     shutil.rmtree(data / "test_images/1.2")
     make(data / "test_images/1.2", hu=200)
+    assert answers(out)[1]["1.1_C1"] in (pytest.approx(0.1), 0.25)
     second = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True)
     assert second.returncode == 0 and "reusing 2 of 4 studies" in second.stdout, second
     assert answers(out)[1]["1.2_C7"] == pytest.approx(0.2)
 
 
 def test_no_reader_is_left_behind(tmp_path, fake_reader, monkeypatch):
-    for i, seconds in enumerate([0, 30, 30]):
-        make(tmp_path / f"1.{i}", seconds=seconds)
-    started, start = [], reading.Reader._start
+    for i, wait in enumerate([0, 30, 30]):
+        make(tmp_path / f"1.{i}", seconds=wait)
+    started, start = [], subprocess.Popen
 
-    def spy(self):
-        start(self)
-        started.append(self.process)
+    def spy(*args, **kw):
+        started.append(start(*args, **kw))
+        return started[-1]
 
-    monkeypatch.setattr(reading.Reader, "_start", spy)
-    volumes = reading.read_ahead([tmp_path / f"1.{i}" for i in range(3)], 2, 60)
+    monkeypatch.setattr(child.subprocess, "Popen", spy)
+    volumes = reading.read_ahead([(i, tmp_path / f"1.{i}") for i in range(3)], 2, 60)
     next(volumes)
     while len(started) < 2:
         time.sleep(0.05)
@@ -361,7 +397,10 @@ def test_the_real_reader_and_pipeline(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    ({"timeout": 0}, "timeout and budget are seconds"),
+    ({"timeout": 0}, "timeout is a number of seconds"),
+    ({"time_limit": "soon"}, "'soon' is no time: write 9h"),
+    ({"max_failed": 2}, "max_failed is a share"),
+    ({"engine": "abacus"}, "no engine 'abacus'"),
     ({"out": "."}, "is a folder"),
     ({"data": "nowhere"}, "is not a folder"),
 ])
@@ -386,16 +425,37 @@ def test_a_disk_that_is_full_at_the_end_is_said_and_the_next_run_goes_on(tmp_pat
     make(tmp_path / "scans/1.2", hu=500)
     out, fsync = tmp_path / "s.csv", os.fsync
 
-    def full(fd):
+    def broken(fd):
         if Path(f"{out}.parts/study_00000.json").exists():
-            raise OSError(28, "No space left on device")
+            raise OSError(5, "Input/output error")
         fsync(fd)
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CspineError, match="s.csv cannot be written .No space left on device."):
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(CspineError, match="s.csv cannot be written .Input/output error."):
         submit(tmp_path / "scans", out=out, pipeline=FakePipeline(bundle))
+    assert len(answers(out)[0]) == 8  # the one of constants still stands
     monkeypatch.undo()
+    monkeypatch.setattr(reading, "READER", "fake_study:read")
     assert submit(tmp_path / "scans", out=out, pipeline=FakePipeline(bundle))["reused"] == 1
+
+
+def test_a_disk_that_is_full_from_the_second_file_on(tmp_path, fake_reader, bundle, monkeypatch, capsys):
+    """Nothing can be kept, no report can be written, and the submission is complete all the same."""
+    for i in (2, 3):
+        make(tmp_path / "scans" / f"1.{i}", hu=100 * i)
+    made, start = [], tempfile.mkstemp
+
+    def mkstemp(*args, **kw):
+        made.append(args)
+        if len(made) > 2:  # made_from.json, and the submission of constants
+            raise OSError(28, "No space left on device")
+        return start(*args, **kw)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline(bundle))
+    assert answers(tmp_path / "s.csv")[1]["1.2_C1"] == pytest.approx(0.2) and answers(tmp_path / "s.csv")[1]["1.3_C7"] == pytest.approx(0.3)
+    assert "not kept for another run: No space left on device" in report["study"]["1.2"]["notes"]
+    assert "s_report.json cannot be written (No space left on device)" in capsys.readouterr().err
 
 
 def test_a_name_that_fits_into_no_csv(tmp_path):
@@ -404,13 +464,29 @@ def test_a_name_that_fits_into_no_csv(tmp_path):
         submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline())
 
 
-def test_a_bad_row_is_named_and_leaves_the_old_csv(tmp_path, fake_reader):
+def test_rows_that_are_no_study_get_the_prior_and_a_reason(tmp_path, fake_reader):
+    """Each of them stood in the way of the whole submission once."""
     data, out = tmp_path / "data", tmp_path / "s.csv"
-    write_test_csv(data, ["1.2", "../../etc"])
-    out.write_text("old")
-    with pytest.raises(CspineError, match="line 10: StudyInstanceUID: '../../etc' is not"):
-        submit(data, out=out, pipeline=FakePipeline())
-    assert out.read_text() == "old"
+    make(data / "test_images/1.2", hu=300)
+    make(tmp_path / "etc", hu=900)  # what ../../etc would lead to
+    rows = write_test_csv(data, ["1.2", "../../etc", "a b", "1..2"])
+    with open(data / "test.csv", "a") as f:
+        f.write("1.2_C9,1.2,C9\nother,1.2,C2\n1.2_C1,1.2,C1\n,1.2,C3\nshort\n")
+    pipeline = FakePipeline()
+    report = submit(data, out=out, pipeline=pipeline)
+    order, p = answers(out)
+    assert order == [*rows, "1.2_C9", "other", "", "short"] and pipeline.seen == ["1.2"]
+    assert p["1.2_C1"] == p["other"] == pytest.approx(0.3) and p["../../etc_C7"] == pytest.approx(PRIOR["C7"]) and p["1.2_C9"] == 0.5
+    assert "is not a StudyInstanceUID" in report["study"]["../../etc"]["reason"] and "is already on line 2" in report["rows_odd"]["1.2_C1"]
+    assert len(report["rows_odd"]) == 3 * 8 + 5 and not report["alarm"]
+
+
+def test_a_study_that_is_there_twice_is_answered(tmp_path, fake_reader):
+    make(tmp_path / "data/test_images/1.2", hu=300)
+    (tmp_path / "data/test_images/1.2.nii.gz").touch()
+    write_test_csv(tmp_path / "data", ["1.2"])
+    report = submit(tmp_path / "data", out=tmp_path / "s.csv", pipeline=FakePipeline())
+    assert report["study"]["1.2"]["status"] == "predicted" and "it is there twice" in report["study"]["1.2"]["notes"][-1]
 
 
 def test_importing_the_runner_does_not_load_torch():
@@ -425,8 +501,8 @@ def test_the_total_of_what_yolo_did_not_find(tmp_path, fake_reader, capsys):
     write_test_csv(data, ["1.2.1", "1.2.2", "1.2.3"])
 
     class Sees(FakePipeline):
-        def predict(self, volume):
-            p = super().predict(volume)
+        def predict(self, volume, **options):
+            p = super().predict(volume, **options)
             p.boxes_from = ("yolo", "mask", "mask", "yolo", "yolo", "yolo", "") if volume.uid != "1.2.3" else ("",) * 7
             return p
 
@@ -437,3 +513,163 @@ def test_the_total_of_what_yolo_did_not_find(tmp_path, fake_reader, capsys):
     assert "YOLO finds no box of 4 of 12 vertebrae" in capsys.readouterr().out
     submit(data, out=tmp_path / "t.csv", pipeline=FakePipeline())
     assert "YOLO" not in capsys.readouterr().out
+
+
+def submit_here(tmp_path, bundle, **kw):
+    return submit(tmp_path / "scans", out=tmp_path / "s.csv", bundle=bundle, **kw)
+
+
+def scans(tmp_path, **studies):
+    for name, what in studies.items():
+        make(tmp_path / "scans" / name[1:].replace("_", "."), hu=500, **what)
+
+
+def test_predictors_may_crash_hang_and_break(tmp_path, processes):
+    """Each costs its own study, or none where a second try succeeds."""
+    once = {k: str(tmp_path / k) for k in ("crash", "killed", "gpu")}
+    scans(tmp_path, _1_1=dict(predict="crash"), _1_2=dict(predict="crash", marker=once["crash"]), _1_3=dict(predict="hang"),
+          _1_4=dict(predict="out of memory killer", marker=once["killed"]), _1_5=dict(predict="gpu"), _1_6=dict(predict="gpu", marker=once["gpu"]), _1_7={}, _1_8={})
+    report = submit_here(tmp_path, processes, timeout=4)
+    said = {u[-1]: (s["status"], s["reason"]) for u, s in report["study"].items()}
+    assert said["1"][0] == "prior" and "died (killed by SIGSEGV" in said["1"][1]
+    assert said["3"] == ("prior", "predicting took more than 4 s and was stopped")
+    assert said["5"][0] == "prior" and "CUDA error: an illegal memory access" in said["5"][1]
+    assert all(said[k][0] == "predicted" for k in "24678"), said
+    assert len(answers(tmp_path / "s.csv")[0]) == 64 and report["counts"] == {"prior": 3, "predicted": 5}
+
+
+def test_where_memory_is_short_fewer_are_predicted_at_once(tmp_path, processes, monkeypatch):
+    monkeypatch.setattr(local, "_memory_gb", lambda: 100)
+    scans(tmp_path, **{f"_1_{i}": dict(work=0.3) for i in range(1, 7)} | {"_1_0": dict(predict="out of memory killer", marker=str(tmp_path / "once"))})
+    report = submit_here(tmp_path, processes)
+    assert report["counts"] == {"predicted": 7} and report["predictors"] == 1
+    scans(tmp_path, _1_9=dict(predict="out of memory killer"))
+    report = submit_here(tmp_path, processes)
+    assert report["counts"] == {"predicted": 7, "prior": 1} and "SIGKILL" in report["study"]["1.9"]["reason"]
+
+
+def test_one_predictor_per_gpu_and_the_cpu_where_a_gpu_stays_broken(tmp_path, monkeypatch, processes):
+    gpus = make_bundle(tmp_path / "gpus")
+    scans(tmp_path, **{f"_1_{i}": dict(work=0.4) for i in range(6)})
+    report = submit_here(tmp_path, gpus)
+    assert {s["device"] for s in report["study"].values()} == {"cuda:0", "cuda:1"} and report["predictors"] == 2
+    assert len({s["pid"] for s in report["study"].values()}) == 2
+
+
+def test_a_bundle_that_cannot_be_loaded_is_an_alarm(tmp_path, processes, capsys):
+    scans(tmp_path, _1_1={}, _1_2={})
+    report = submit_here(tmp_path, make_bundle(tmp_path / "broken"))
+    assert report["alarm"] and report["counts"] == {"prior": 2} and report["reasons"] == {"the weights are not the file that was bundled": 2}
+    assert len(answers(tmp_path / "s.csv")[0]) == 16 and "ALARM: 2 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failed, share, alarm", [(1, 0.5, False), (2, 0.5, False), (3, 0.5, True), (1, 0.2, True), (3, 1, False), (4, 1, True)])
+def test_the_alarm_counts_what_is_ours(tmp_path, fake_reader, failed, share, alarm):
+    for i in range(4):
+        make(tmp_path / "data/test_images" / f"1.{i}", hu=500, **({"predict": "error"} if i < failed else {}))
+    report = submit(tmp_path / "data" / "test_images", out=tmp_path / "s.csv", pipeline=FakePipeline(), max_failed=share)
+    assert report["alarm"] == alarm and report["failed"] == failed
+
+
+def test_unreadable_studies_are_no_alarm(tmp_path, fake_reader):
+    for i in range(3):
+        make(tmp_path / "scans" / f"1.{i}", read="error")
+    assert not submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline())["alarm"]
+
+
+def test_the_clock_steps_down_in_order_and_then_gives_the_prior(tmp_path, fake_reader):
+    for i in range(24):
+        make(tmp_path / "scans" / f"1.{i:02d}", hu=500, work=0.4)
+    start = time.monotonic()
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline(), time_limit=6)
+    assert time.monotonic() - start < 6 + 2
+    efforts = [s.get("effort", "full") for s in report["study"].values() if s["status"] == "predicted"]
+    assert efforts[0] == "full" and set(efforts) > {"full"} and report["efforts"] == {e: efforts.count(e) for e in efforts}
+    assert len(answers(tmp_path / "s.csv")[0]) == 192
+    report = submit(tmp_path / "scans", out=tmp_path / "t.csv", pipeline=FakePipeline(), time_limit=1.5)
+    late = [s for s in report["study"].values() if s["status"] == "prior"]
+    assert late and late[-1]["reason"] == "the time limit was reached before its turn" and not report["alarm"]
+
+
+@pytest.mark.parametrize("text, s", [("9h", 32400), ("8h30m", 30600), ("45m", 2700), ("90s", 90), ("3600", 3600), (12.5, 12.5), ("1H 2M 3S", 3723)])
+def test_times(text, s):
+    assert seconds(text) == s
+
+
+@pytest.mark.parametrize("text", ["", "h", "9 hours", "-3", "0", "30m8h", "nan", "inf", None, "1d"])
+def test_what_is_no_time(text):
+    with pytest.raises(CspineError, match="is no time"):
+        seconds(text)
+
+
+def test_the_clock_by_hand():
+    at = [0.0]
+    c = Clock(1000, now=lambda: at[0])
+    c.folds, c.at_once = (2, 4), 2
+    assert c.effort(100) == 0 and c.end(100, 0) is None  # nothing is known yet
+    c.add(0, 20, {"labels": 8, "probabilities": 8})
+    assert [c.each(e) for e in range(4)] == [20, 16, 4 + 4 + 1, 4 + 2 + 1]
+    assert c.reserve == 50 and [c.effort(n) for n in (94, 96, 118, 120, 210, 212, 270, 1000)] == [0, 1, 1, 2, 2, 3, 3, 3]
+    c.add(1, 10, {"labels": 5, "probabilities": 2})
+    assert c.each(1) == 10 and c.each(0) == 20  # measured from here on
+    at[0] = 900
+    assert c.effort(2) == 0 and c.effort(8) == 1 and c.end(8, 1) == 40 and c.end(1000, 1) == 100
+
+
+def test_stopped_by_sigterm_it_writes_what_it_knows(tmp_path, processes):
+    scans(tmp_path, _1_1={}, _1_2=dict(predict="hang"))
+    script = f"""
+from pathlib import Path
+from cspine_submission import predicting, reading, submit
+predicting.PIPELINE, reading.READER = "fake_study:pipeline", "fake_study:read"
+submit({str(tmp_path / "scans")!r}, out={str(tmp_path / "s.csv")!r}, bundle={str(processes)!r})
+"""
+    env = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    run = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "s.csv.parts/study_00000.json").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.terminate()
+    out, err = run.communicate()
+    assert run.returncode == 143, (out, err)
+    p = answers(tmp_path / "s.csv")[1]
+    assert p["1.1_C1"] == pytest.approx(0.5) and p["1.2_C1"] == 0.25
+    report = json.loads((tmp_path / REPORT).read_text())
+    assert report["stopped"] and report["study"]["1.2"]["reason"] == "the run was stopped before its turn"
+
+
+def test_reasons_that_are_alike():
+    assert alike("no file in /data/test_images/1.2.3 could be read") == alike("no file in /other/4.5.6 could be read")
+    assert alike("17.dcm is torn at byte 512") == alike("3.dcm is torn at byte 9")
+    assert alike("study 1.2.826.0.1 has 3 slices") == "study UID has N slices"
+    assert alike("C4 = nan") != alike("C5 = nan")
+
+
+def test_a_dry_run_writes_nothing_and_says_how_long_it_will_take(tmp_path, processes, capsys):
+    scans(tmp_path, **{f"_1_{i}": dict(work=0.2) for i in range(5)})
+    before = sorted(tmp_path.rglob("*"))
+    found = dry_run(tmp_path / "scans", bundle=processes, out=tmp_path / "s.csv", time_limit="9h")
+    said = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before and found["problems"] == [] and 0.2 < found["seconds_each"] < 5
+    assert "5 studies, 40 rows; 0 of them have no folder" in said and "in time" in said and "dry run: ready" in said
+    dry_run(tmp_path / "scans", bundle=processes, out=tmp_path / "s.csv", time_limit="0.5s")
+    assert "get the prior" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_what_is_wrong(tmp_path, processes, capsys):
+    scans(tmp_path, _1_1=dict(predict="error"))
+    assert "shapes do not match" in dry_run(tmp_path / "scans", bundle=processes)["problems"][0]
+    assert "the weights are not the file" in dry_run(tmp_path / "scans", bundle=make_bundle(tmp_path / "broken"))["problems"][0]
+    assert dry_run(tmp_path / "scans", bundle=processes, out="/proc/s.csv")["problems"]
+    write_test_csv(tmp_path / "data", ["1.2"])
+    (tmp_path / "data/test_images").mkdir()
+    assert "has a folder in test_images" in dry_run(tmp_path / "data", bundle=processes)["problems"][0]
+    assert "PROBLEM" in capsys.readouterr().out
+
+
+def test_a_gpu_that_cannot_compute_is_said_first(tmp_path, fake_reader, capsys):
+    make(tmp_path / "scans/1.2", hu=500)
+    pipeline = FakePipeline()
+    pipeline.device_note = "Tesla P100 cannot compute here: choose the accelerator GPU T4 x2"
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=pipeline)
+    assert report["device_note"] == pipeline.device_note and pipeline.device_note in capsys.readouterr().out

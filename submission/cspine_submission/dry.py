@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from cspine.dicom import study_files
+from cspine.presets import TARGETS
 from cspine.rsna import find_studies, test_rows
 from cspine_submission import clock as times
 from cspine_submission.child import Failed
@@ -71,7 +72,7 @@ def _one(data, folders, there, bundle, device, pipeline, workers, timeout, probl
         ready = time.monotonic() - began
         print(f"device: {facts['device']}{'; ' + facts['note'] if facts['note'] else ''}\nbundle: {bundle or 'an object'}, folds {' + '.join(map(str, facts['folds']))}, ready in {ready:.1f} s", flush=True)
         ask = {"evidence": False, "picture": None, "labels": None}
-        results = list(work.results([uid], folders, lambda u: ask, lambda: facts["prior"] or dict.fromkeys(("patient_overall",), 0.5)))
+        results = list(work.results([uid], folders, lambda u: ask, dict.fromkeys(TARGETS, 0.5)))
     except Failed as e:
         problems.append(f"the bundle cannot be used: {e}")
         return out

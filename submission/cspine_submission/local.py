@@ -112,7 +112,7 @@ class Local:
                     return
                 uid, volume, read = job
                 effort, began = self.clock.effort(len(waiting)), time.monotonic()
-                study = self._study(i, volume, prior(), {**question(uid), "effort": effort, "volume": volume, "prior": prior()})
+                study = self._study(i, volume, prior, {**question(uid), "effort": effort, "volume": volume, "prior": prior})
                 del job, volume
                 now = time.monotonic()
                 steps = study.pop("steps", {})

@@ -1,11 +1,13 @@
 """The page of a submission, drawn from what the run kept: nothing is predicted again."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
 from cspine.presets import TARGETS
 from cspine_submission import clock as times
+from cspine_submission.parts import view_file
 from cspine_submission.predicting import NO_SPINE
 
 
@@ -23,9 +25,11 @@ def submission_page(
 
     answers, entries, shown = None if truth is None else read_train(truth), [], 0
     pictured = set(report["pictured"])
-    for uid, study in report["study"].items():
+    card = {} if report["bundle"] is None else json.loads((Path(report["bundle"]) / "bundle.json").read_text(encoding="utf-8")).get("card", {})
+    for i, (uid, study) in enumerate(report["study"].items()):
+        kept = view_file(report["path"], i)
         known = answers.loc[uid] if answers is not None and uid in answers.index else None
-        view = report["view"](uid) if uid in pictured else None
+        view = kept.read_bytes() if uid in pictured and kept.is_file() else None
         shown += view is not None
         if view is not None:  # named as the submission names it, whatever its headers say
             entries.append(replace(entry_of(View.from_bytes(view), known), uid=uid, notes=_notes(study)))
@@ -34,7 +38,7 @@ def submission_page(
             entries.append(Entry(uid, p, truth=known, notes=_notes(study), cervical_spine=study["status"] != NO_SPINE))
     worst = "" if answers is None or shown < 2 else " and those answered worst"
     return report_page(
-        entries, Path(path), title="Submission", card=report["card"], score=None if truth is None else score(truth, report["path"]), run=run_facts(report),
+        entries, Path(path), title="Submission", card=card, score=None if truth is None else score(truth, report["path"]), run=run_facts(report),
         lead=f"Pictured: {shown} of {len(report['study'])} studies, those most likely fractured{worst}." if shown else "",
     )
 

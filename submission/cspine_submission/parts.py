@@ -30,8 +30,8 @@ class Parts:
             path.unlink()
         write_whole(mine, json.dumps(made_from))
 
-    def _path(self, uid, suffix="json"):
-        return self.folder / f"study_{self.number[uid]:05d}.{suffix}"  # not the uid: it need not be a file name
+    def _path(self, uid):
+        return _file(self.folder, self.number[uid], "json")
 
     def load(self, uid, folder):
         """What an earlier run found, None if there is nothing or the study's files have changed."""
@@ -46,15 +46,23 @@ class Parts:
             return
         try:
             if view is not None:
-                write_whole(self._path(uid, "npz"), view)
+                write_whole(self.view(uid), view)
             write_whole(self._path(uid), json.dumps({"uid": uid, "files": _files_stamp(folder), "study": study}))
         except OSError as e:  # a full disk costs the resume, not the run
             study["notes"].append(f"not kept for another run: {e.strerror}")
 
     def view(self, uid):
-        """The bytes of the view that was kept; None if there is none."""
-        path = self._path(uid, "npz")
-        return path.read_bytes() if path.is_file() else None
+        """The file of a study's view, whether it is there or not."""
+        return _file(self.folder, self.number[uid], "npz")
+
+
+def view_file(out, number):
+    """Where the run that wrote `out` kept the view of its study of that number, the first being 0."""
+    return _file(Path(f"{out}.parts"), number, "npz")
+
+
+def _file(folder, number, suffix):
+    return folder / f"study_{number:05d}.{suffix}"  # not the uid: it need not be a file name
 
 
 def model_stamp(bundle):

@@ -24,7 +24,7 @@ def pipeline(bundle, device, threads):
     expected = getattr(b, "expected", None)
     facts = {
         "device": str(made.device), "note": made.device_note, "devices": [str(d) for d in find_devices(device)[0]],
-        "prior": {t: float(b.prior[t]) for t in TARGETS}, "folds": (len(b.segmentation), len(b.classification)),
+        "folds": (len(b.segmentation), len(b.classification)),
         "efforts": list(EFFORTS), "card": b.card, "expected": None if expected is None else {t: list(map(float, expected[t])) for t in TARGETS},
     }
     return facts, lambda question: answer(made, **question)
@@ -55,11 +55,9 @@ class Thread:
     def start(self, timeout=None):
         """What is known of the pipeline, as a process would tell it."""
         bundle = getattr(self.pipeline, "bundle", None)
-        prior, count = getattr(bundle, "prior", None), lambda stage: len(getattr(bundle, stage, None) or [0])
         return {
             "device": str(getattr(self.pipeline, "device", "here")), "note": getattr(self.pipeline, "device_note", ""), "devices": [],
-            "prior": None if prior is None else {t: float(prior[t]) for t in TARGETS},
-            "folds": (count("segmentation"), count("classification")), "efforts": None, "card": getattr(bundle, "card", None) or {}, "expected": None,
+            "folds": tuple(len(getattr(bundle, stage, None) or [0]) for stage in ("segmentation", "classification")), "efforts": None, "card": getattr(bundle, "card", None) or {}, "expected": None,
         }
 
     def ask(self, question, timeout):

@@ -10,7 +10,7 @@ from cspine_submission.reasons import alike
 SHIFTED = 0.01, 0.15  # of a Kolmogorov-Smirnov test: p below the first and distance above the second is said
 
 
-def report_of(run, data, max_failed, time_limit):
+def report_of(run, data, bundle, max_failed, time_limit):
     """The report of a run: its totals, its alarm, and each study."""
     studies = {uid: run.studies[uid] for uid in dict.fromkeys(run.rows["StudyInstanceUID"])}
     failed = [s for s in studies.values() if s["status"] == STOOD_IN and s.get("ours")]
@@ -23,6 +23,7 @@ def report_of(run, data, max_failed, time_limit):
         "path": str(run.out),
         "report": str(run.out.with_name(f"{run.out.stem}_report.json")),
         "data": str(data),
+        "bundle": None if bundle is None else str(bundle),
         "rows": len(run.rows),
         "rows_odd": run.bad,
         "studies": len(studies),

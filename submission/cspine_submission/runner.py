@@ -63,7 +63,7 @@ def submit(
     folders = find_studies(data, "test", twice)
     with _writing(out):
         parts = Parts(out, rows, model_stamp(bundle if pipeline is None else getattr(getattr(pipeline, "bundle", None), "path", None)), resume)
-    run = Run(rows, bad, twice, folders, out, parts, clock, answers, pictures)
+    run = Run(rows, bad, twice, folders, out, parts, clock, answers, pictures, _prior(bundle, pipeline))
     with _writing(out):
         run.write(now=True)  # complete and valid from here on
     if run.todo or run.blank():
@@ -72,7 +72,7 @@ def submit(
             run.repicture(work)
         run.stopped = stopped[0] if stopped else None
     run.leave()
-    report = report_of(run, data, max_failed, time_limit)
+    report = report_of(run, data, bundle if pipeline is None else None, max_failed, time_limit)
     with _writing(out):
         run.write(now=True)
     try:
@@ -82,18 +82,16 @@ def submit(
     print(said(report), flush=True)
     if run.stopped:
         raise run.stopped
-    # not in the file, but for the page: uid -> bytes of a `cspine.view.View` or None, and what the bundle says of itself
-    report |= {"view": parts.view, "card": _card(bundle) if pipeline is None else run.facts.get("card", {})}
     return report
 
 
 class Run:
     """What is known of each row and study so far, and the file that says it."""
 
-    def __init__(self, rows, bad, twice, folders, out, parts, clock, truth, pictures):
+    def __init__(self, rows, bad, twice, folders, out, parts, clock, truth, pictures, prior):
         self.rows, self.folders, self.out, self.parts, self.clock = rows, folders, out, parts, clock
         self.truth, self.pictures, self.facts, self.stopped, self.lost = truth, pictures, {}, None, ""
-        self.prior, self.written, self.took = {t: float(PRIOR[t]) for t in TARGETS}, -math.inf, 0.0
+        self.prior, self.written, self.took = prior, -math.inf, 0.0
         wrong = {uid: bad[row] for row, uid in zip(rows["row_id"], rows["StudyInstanceUID"]) if row in bad}
         self.bad, self.twice, self.studies, self.todo = bad, twice, {}, []
         self.losses, self.likely, self.worst = {}, [], []  # of studies with a truth; the highest patient_overall and losses so far
@@ -148,13 +146,12 @@ class Run:
             self.lost = str(e)
             print(f"nothing can be predicted: {self.lost}", file=sys.stderr, flush=True)
             return
-        self.prior = self.facts["prior"] or self.prior
         self.clock.folds = self.facts["folds"]
         if not self.todo:
             return
         print(f"predicting {len(self.todo)} studies on {self.facts['device']}", flush=True)
         waiting = set(self.todo)
-        results = engine.results(self.todo, self.folders, self.question(evidence, labels), lambda: self.prior)
+        results = engine.results(self.todo, self.folders, self.question(evidence, labels), self.prior)
         for uid, study in progress(results, "predicting", total=len(self.todo), more=lambda: self._when(waiting)):
             waiting.discard(uid)
             self.answer(uid, study)
@@ -206,14 +203,14 @@ class Run:
 
     def blank(self):
         """Pictured studies whose view an earlier run, which made no page, did not keep."""
-        return [u for u in self.pictured() if self.studies[u].get("reused") and self.parts.view(u) is None]
+        return [u for u in self.pictured() if self.studies[u].get("reused") and not self.parts.view(u).is_file()]
 
     def repicture(self, engine):
         """Predict such studies once more, for their view."""
         blank = self.blank() if self.facts else []
         def asked(uid):
             return {"evidence": False, "picture": {"likely": 0.0, "truth": None, "worst": 0.0}, "labels": None}
-        for uid, study in engine.results(blank, self.folders, asked, lambda: self.prior) if blank else ():
+        for uid, study in engine.results(blank, self.folders, asked, self.prior) if blank else ():
             if study.get("view") is not None:
                 self.parts.save(uid, self.folders[uid], self.studies[uid], study["view"])
 
@@ -238,16 +235,30 @@ class Run:
 
 
 def _named(bundle):
+    """The folder of a bundle; what is none is said before anything is written."""
     from cspine.bundle import default_bundle
+    folder = Path(default_bundle() if bundle is None else bundle)
+    if not (folder / "bundle.json").is_file():
+        if bundle is None:
+            raise CspineError("this installation has no demo bundle; name one with --bundle, or train one (cspine train, cspine bundle)")
+        what = "is not a bundle but a run: make one of both stages with `cspine bundle RUN RUN --out BUNDLE`" if (folder / "run.json").exists() else "is not a bundle: it has no bundle.json"
+        raise CspineError(f"{folder} {what}" if folder.is_dir() else f"there is no bundle folder {folder}; check --bundle")
     if bundle is None:
-        return default_bundle()
-    if not (Path(bundle) / "bundle.json").is_file():
-        raise CspineError(f"{bundle} is not a bundle: it has no bundle.json")
-    return Path(bundle)
+        print("using the demo bundle that comes with cspine, trained on the phantoms of `cspine phantom`: a demonstration, never a diagnosis", file=sys.stderr, flush=True)
+    return folder
 
 
-def _card(bundle):
-    return json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).get("card", {})
+def _prior(bundle, pipeline):
+    """The bundle's answer without evidence, read without loading its networks; the competition's best constant where there is none."""
+    if pipeline is not None:
+        prior = getattr(getattr(pipeline, "bundle", None), "prior", None)
+    else:
+        try:
+            prior = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["prior"]
+        except (OSError, ValueError, KeyError, TypeError):  # who loads the bundle says what is wrong with it
+            prior = None
+    good = prior is not None and all(isinstance(prior.get(t), (int, float)) and 0 < prior[t] < 1 for t in TARGETS)
+    return {t: float((prior if good else PRIOR)[t]) for t in TARGETS}
 
 
 @contextmanager
