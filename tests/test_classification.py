@@ -41,7 +41,7 @@ def test_paper_at_full_size():
     assert 50e6 < sum(p.numel() for p in model.parameters()) < 70e6
     opt = torch.optim.AdamW(model.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
     crops = torch.randint(0, 256, (1, 7, 30, 256, 256), dtype=torch.uint8)
-    present = torch.ones(1, 7, dtype=torch.bool)
+    present = torch.tensor([[1, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)   # what is absent takes no time, and needs the same weights
     pred = model(crops, present)
     assert pred[0].shape == (1, 8) and pred[1].shape == (1, 7, 256, 256) and pred[2] is None
     loss = FractureLoss(mask_loss=preset.mask_loss)(pred, torch.tensor([[0, 1, 0, 0, 0, 0, 0, 1.]]), present,
@@ -52,9 +52,9 @@ def test_paper_at_full_size():
     before = model.lstm.weight_ih_l0.detach().clone()
     opt.step()
     assert (model.lstm.weight_ih_l0 != before).any()
-    p = predict_probabilities([model], preset, crops[0].numpy(), np.ones(7, bool))
+    p = predict_probabilities([model], preset, crops[0].numpy(), present[0].numpy())
     assert p.shape == (8,) and (p > 0).all() and (p < 1).all()
-    assert p[7] >= p[:7].max() - 1e-9   # noisy or
+    assert p[7] >= p[:2].max() - 1e-9   # noisy or
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
