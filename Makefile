@@ -33,7 +33,7 @@ submission:
 test:
 	$(call need,$(VENV)/test.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
-	$(BIN)/pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal --durations=10 tests
 
 bench:
 	$(call need,$(VENV)/bench.stamp $(VENV)/code.stamp,$(VENV) (the environment and the installed project))

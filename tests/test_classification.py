@@ -28,7 +28,7 @@ from cspine.segmentation import build_segmentation, low_preset
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2,
                 segmentation=replace(low_preset(TINY.segmentation), widths=(4, 8), patch=16, steps=60, epochs=3),
-                classification=replace(TINY.classification, head='pooled', sampled=0, cell_loss=0., frozen=0, ema=.9, encoder='resnet18', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, every=15, size=32,
+                classification=replace(TINY.classification, head='pooled', sampled=0, cell_loss=0., frozen=0, ema=.9, encoder='tu-test_resnet', decoder_channels=(16, 8, 8, 8, 8), mask_loss=.2, group=15, every=15, size=32,
                                        hidden=16, epochs=3, batch=2, margin_mm=2.))
 
 
@@ -41,7 +41,7 @@ def test_paper_at_full_size():
     assert 50e6 < sum(p.numel() for p in model.parameters()) < 70e6
     opt = torch.optim.AdamW(model.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
     crops = torch.randint(0, 256, (1, 7, 30, 256, 256), dtype=torch.uint8)
-    present = torch.ones(1, 7, dtype=torch.bool)
+    present = torch.tensor([[1, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)   # what is absent takes no time, and needs the same weights
     pred = model(crops, present)
     assert pred[0].shape == (1, 8) and pred[1].shape == (1, 7, 256, 256) and pred[2] is None
     loss = FractureLoss(mask_loss=preset.mask_loss)(pred, torch.tensor([[0, 1, 0, 0, 0, 0, 0, 1.]]), present,
@@ -52,9 +52,9 @@ def test_paper_at_full_size():
     before = model.lstm.weight_ih_l0.detach().clone()
     opt.step()
     assert (model.lstm.weight_ih_l0 != before).any()
-    p = predict_probabilities([model], preset, crops[0].numpy(), np.ones(7, bool))
+    p = predict_probabilities([model], preset, crops[0].numpy(), present[0].numpy())
     assert p.shape == (8,) and (p > 0).all() and (p < 1).all()
-    assert p[7] >= p[:7].max() - 1e-9   # noisy or
+    assert p[7] >= p[:2].max() - 1e-9   # noisy or
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -96,15 +96,15 @@ def broken_necks(n, size=32, seed=0):
 def test_it_learns_which_vertebra_is_broken():
     torch.manual_seed(0)
     preset = replace(SMALL.classification, dropout=0.)
-    crops, masks, truth = broken_necks(32)
-    model, loss = CrackNetBiLSTM(preset), FractureLoss('competition', .2, 1.)
-    opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    crops, masks, truth = broken_necks(16)
+    model, loss = CrackNetBiLSTM(preset), FractureLoss('competition', 1., 1.)
+    opt = torch.optim.AdamW(model.parameters(), lr=8e-3)
     x, m, y = torch.from_numpy(crops), torch.from_numpy(masks), torch.from_numpy(truth).float()
-    z = y[:, :7, None].expand(32, 7, 2)   # slices 5 to 24 of 30, in groups of 15
-    nothing = torch.zeros(32, 7, 0)
-    there = torch.ones(32, 7, dtype=torch.bool)
-    for epoch in range(25):
-        for i in torch.randperm(32).split(8):
+    z = y[:, :7, None].expand(16, 7, 2)   # slices 5 to 24 of 30, in groups of 15
+    nothing = torch.zeros(16, 7, 0)
+    there = torch.ones(16, 7, dtype=torch.bool)
+    for epoch in range(12):
+        for i in torch.randperm(16).split(4):
             opt.zero_grad()
             loss(model(x[i], there[i]), y[i], there[i], m[i], z[i], nothing[i]).backward()
             opt.step()
@@ -530,7 +530,7 @@ def test_the_number_of_groups_looked_at_says_nothing():
 
 def test_what_was_frozen_stays_frozen_when_a_run_goes_on(data, seg_run, tmp_path, monkeypatch):
     "Whatever encoder weights are named or gone by then: the checkpoint has them"
-    cls = replace(SMALL.classification, decoder_channels=(), mask_loss=0., frozen=2, epochs=2, pretrained=True)
+    cls = replace(SMALL.classification, encoder='resnet18', decoder_channels=(), mask_loss=0., frozen=2, epochs=2, pretrained=True)
     torch.manual_seed(5)
     weights = tmp_path/'w.safetensors'
     save_file({k: v.contiguous() for k, v in CrackNetBiLSTM(cls).encoder.state_dict().items()}, weights)
@@ -548,7 +548,7 @@ def test_what_was_frozen_stays_frozen_when_a_run_goes_on(data, seg_run, tmp_path
 
 
 def test_frozen_stages_keep_their_weights_if_they_have_any(data, seg_run, tmp_path):
-    cls = replace(SMALL.classification, decoder_channels=(), mask_loss=0., frozen=2, epochs=1, pretrained=True)
+    cls = replace(SMALL.classification, encoder='resnet18', decoder_channels=(), mask_loss=0., frozen=2, epochs=1, pretrained=True)
     torch.manual_seed(5)
     given = {k: v.clone() for k, v in CrackNetBiLSTM(cls).encoder.state_dict().items()}
     save_file(given, tmp_path/'given.safetensors')
