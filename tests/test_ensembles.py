@@ -386,14 +386,18 @@ def test_a_bundle_of_edited_code_names_the_cspine_that_it_needs(tmp_path, spoil,
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
-def test_an_ensemble_is_scored_member_by_member_and_together(runs, tmp_path, capsys, monkeypatch):
-    from cspine import cli
+@pytest.fixture
+def scored(runs, tmp_path, monkeypatch):
+    """Labels, and a bundle of two members; few samples of the bootstrap."""
     for name, n in dict(evaluate_run=10, ensemble_metrics=200).items(): monkeypatch.setattr(evaluation, name, partial(getattr(evaluation, name), samples=n))
-    truth, answers = made_up()
-    data = tmp_path/'data'
-    data.mkdir()
-    truth.to_csv(data/'train.csv')
-    out = bundle([runs['seg'], runs['plain'], runs['masked']], tmp_path/'b')
+    (tmp_path/'data').mkdir()
+    made_up()[0].to_csv(tmp_path/'data'/'train.csv')
+    return tmp_path/'data', bundle([runs['seg'], runs['plain'], runs['masked']], tmp_path/'b')
+
+
+def test_an_ensemble_is_scored_member_by_member_and_together(runs, scored, tmp_path, capsys):
+    from cspine import cli
+    (truth, answers), (data, out) = made_up(), scored
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop: cli.main(['evaluate', str(out), '--data', str(data), '--out', str(tmp_path/'t.csv')])
     said = capsys.readouterr()
@@ -409,8 +413,11 @@ def test_an_ensemble_is_scored_member_by_member_and_together(runs, tmp_path, cap
     key = ('together minus plain', 'C1-C7', 'auroc')
     assert both.value[key] == pytest.approx(table.value[key], abs=1e-4) and both.low[key] == pytest.approx(table.low[key], abs=1e-3)
     assert both.value['plain', 'C3', 'auroc'] > .5   # each run's own figures stay
-    # of which runs have answered only in part, only what they share is compared
     assert 'too few' not in capsys.readouterr().err
+
+
+def test_what_cannot_be_scored_together_is_said(runs, scored, capsys):
+    (truth, answers), (data, out) = made_up(), scored
     answered(runs['masked'], answers['masked'].iloc[:FEW-1], truth.iloc[:FEW-1])
     few = evaluate([runs['plain'], runs['masked']], data)
     assert not few.run.str.contains('together').any() and f'{FEW-1} studies in common out of fold: too few' in capsys.readouterr().err
