@@ -151,10 +151,10 @@ def crop_data_set(
 # %% ../nbs/40_cli.ipynb #f07264f6
 @app.command(epilog='Example: cspine bundle runs/seg runs/cls --out my_bundle')
 def bundle(
-    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Run folders of both stages; in place of stage 1, the bundle whose stage 1 cut the crops.', show_default=False)],
+    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Run folders of both stages; in place of stage 1, the bundle whose stage 1 cut the crops. Several models of stage 2, or bundles of one stage 1, make an ensemble.', show_default=False)],
     out: Annotated[Path, Option(metavar='BUNDLE', help='Bundle folder to write.', show_default=False)],
 ) -> Path:
-    "Put trained runs together into one folder that predicts."
+    "Put trained runs together into one folder that predicts; the weights of an ensemble are fitted on out-of-fold answers."
     from cspine.bundle import bundle
     return bundle(runs, out)
 
@@ -240,7 +240,7 @@ def score(
 
 @app.command(epilog='Example: cspine evaluate runs/seg --data data')
 def evaluate(
-    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Runs of segmentation, or bundles; or runs of classification.', show_default=False)],
+    runs: Annotated[list[Path], Argument(metavar='RUN...', help='Runs of segmentation, or bundles; or runs of classification, alone and together; or ensembles, member by member and together.', show_default=False)],
     data: Annotated[Path, Option(metavar='DIR', help='Folder with masks: test_segmentations/, else what each fold has not seen of segmentations/. Of classification: with train.csv.', show_default=False)],
     out: Annotated[Path | None, Option(callback=_new_file, metavar='CSV', help='Table of all studies to write.', show_default=False)] = None,
     views: Annotated[bool, Option(help='Besides whole studies, scans that begin or end in the middle of them.')] = True,
@@ -254,7 +254,8 @@ def evaluate(
     if 'figure' in table:
         from cspine.metrics import shown
         for run,part in table.groupby('run', sort=False):
-            print(f'{run}: value (95 % interval over studies) / what the best constant gets, or, of evidence (the strongest point lies in the box of the fracture), chance')
+            print(f'{run}: difference (95 % interval, both on the same drawn studies); of the metric, below 0 is better' if part.constant.isna().all() else
+                  f'{run}: value (95 % interval over studies) / what the best constant gets, or, of evidence (the strongest point lies in the box of the fracture), chance')
             if (n := part.of[part.row == 'patient_overall'].max()) < FEW: print(f'{n} studies: the intervals of so few are too narrow', file=sys.stderr)
             print(shown(part).to_string(na_rep=''))
         return table

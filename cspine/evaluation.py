@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import ndimage
-from .presets import CLASSES,LEVELS,CspineError,progress
+from .presets import CLASSES,LEVELS,TARGETS,CspineError,progress
 from .dicom import Volume,read_series
-from .rsna import find_studies,read_folds,read_mask,write_whole
+from .rsna import find_studies,read_folds,read_labels,read_mask,write_whole
 from .cropping import boxes_from_labels,whole_vertebra
-from .bundle import _read_json
+from .bundle import FEW,_common,_read_json,_truth,load_bundle
 from .crops import _source
-from .metrics import evaluate_run
+from .metrics import ensemble_metrics,evaluate_run,read_oof
 from .segmentation import clean_labels,find_device,labels_of,predict_scores,predict_visible,segmentation_metrics
 
 # %% ../nbs/23_evaluation.ipynb #99a9e22f
@@ -150,15 +150,39 @@ def _names(runs):
     if twice := [p for p in paths if paths.count(p) > 1]: raise CspineError(f'{twice[0]} is named twice; name each run once')
     return next(names for n in range(1, max(len(p.parts) for p in paths)+1) if len(set(names := ['/'.join(p.parts[-n:]) for p in paths])) == len(paths))
 
+def _is_ensemble(run): return not (run/'run.json').exists() and 'members' in _read_json(run/'bundle.json', 'bundle')
+
+def _evaluate_ensemble(run, data):
+    "Of a bundle's members, alone and together, the figures of their out-of-fold answers"
+    members,truth = load_bundle(run).members,read_labels(data)
+    if lost := [m.name for m in members if m.oof is None]: raise CspineError(f'{run} has no out-of-fold answers of {lost[0]}: bundle its runs again, each with the oof.csv that training wrote')
+    uids = _common(members)
+    if unknown := [u for u in uids if u not in truth.index]: raise CspineError(f'{run} knows {len(unknown)} studies that {data}/train.csv does not, the first is {unknown[0]}: its members were trained on other data')
+    then = _truth(members, uids)
+    if then is not None and (then != truth.loc[uids, list(TARGETS)]).any(axis=None): print(f'the labels in {data}/train.csv are not those that the members of {run} were trained on', file=sys.stderr)
+    return ensemble_metrics(truth, {m.name:m.oof for m in members})
+
+def _evaluate_second(runs, names, data, threshold):
+    "Runs of stage 2, each on its own studies, and together on those that all have answered"
+    tables,answers,truth = [evaluate_run(r, data, threshold).assign(run=names[r]) for r in runs],{names[r]:read_oof(r) for r in runs},read_labels(data)
+    if len(runs) > 1:
+        common = set.intersection(*(set(a.index) for a in answers.values()))
+        if len(common) < FEW: print(f'the runs have answered {len(common)} studies in common out of fold: too few to score them together', file=sys.stderr)
+        else:
+            both = ensemble_metrics(truth, answers)
+            tables.append(both[both.run.str.startswith('together')])
+            if any(set(a.index) != common for a in answers.values()): print(f'together, and what that gains, is scored on the {len(common)} studies that all runs have answered', file=sys.stderr)
+    return pd.concat(tables, ignore_index=True)
+
 def evaluate(
-    runs:list,           # runs of segmentation, or bundles; or runs of classification
+    runs:list,           # runs of segmentation, or bundles; or runs of classification; or ensembles
     data:str,            # folder in the competition's layout: test_images/ with test_segmentations/, else what each fold has not seen of train_images/
     out:str=None,        # CSV of all rows to write
     views:bool=True,     # besides whole studies, scans that begin or end in the middle of them
     surfaces:bool=False, # mean distance of the surfaces, mm; needs MONAI
     device:str=None,     # its name; None: a GPU where there is one
     threshold:float=.5,  # from which a row is called fractured, for runs of classification
-) -> pd.DataFrame:       # of `summary`, by run; of runs of classification `cspine.metrics.evaluate_run`, by run
+) -> pd.DataFrame:       # of `summary`, by run; of runs of classification `cspine.metrics.evaluate_run`, by run, and of several, or an ensemble's members, `ensemble_metrics`
     "Score runs and bundles on the same studies that they have not seen"
     if not runs: raise CspineError('name one or more runs to score')
     for r in map(Path, runs):
@@ -168,7 +192,12 @@ def evaluate(
     second = [r for r in map(Path, runs) if (r/'run.json').exists() and _read_json(r/'run.json', 'run folder').get('kind') == 'classification']
     if second:
         if len(second) < len(runs): raise CspineError(f'{second[0]} is a run of classification and others are not: score the two stages one after the other')
-        table = pd.concat([evaluate_run(r, data, threshold).assign(run=names[r]) for r in second], ignore_index=True)
+        table = _evaluate_second(second, names, data, threshold)
+        if out is not None: write_whole(Path(out), table.to_csv(index=False, lineterminator='\n'))
+        return table
+    if several := [r for r in map(Path, runs) if _is_ensemble(r)]:
+        if len(several) < len(runs): raise CspineError(f'{several[0]} is an ensemble, whose members are scored by their out-of-fold answers, and others are not: score them one after the other')
+        table = pd.concat([t.assign(run=[f'{names[r]}: {m}' for m in t.run] if len(several) > 1 else t.run) for r,t in ((r, _evaluate_ensemble(r, data)) for r in several)], ignore_index=True)
         if out is not None: write_whole(Path(out), table.to_csv(index=False, lineterminator='\n'))
         return table
     data,device,tables,every = Path(data),find_device(device),[],[]

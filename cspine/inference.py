@@ -10,8 +10,9 @@ import sys,time
 from contextlib import contextmanager
 from dataclasses import dataclass,field,replace
 import numpy as np, pandas as pd, torch
-from .bundle import load_bundle
+from .bundle import at_odds,averaged,load_bundle
 from .classification import predict_probabilities,strongest,with_prior
+from .crops import crop_key
 from .cropping import boxes_from_labels,crop_masks,crop_planes,crop_points,crop_vertebrae
 from .detection import mask_note,predict_boxes
 from .dicom import read_series
@@ -66,7 +67,7 @@ class Pipeline:
         (self.device,*_),self.device_note = find_devices(device)   # the note: '', or a sentence on a GPU that is there and cannot compute
         if self.device_note: print(self.device_note, file=sys.stderr)
         self.bundle = load_bundle(bundle)
-        for m in self.bundle.segmentation+self.bundle.classification+self.bundle.detection: m.to(self.device)
+        for m in self.bundle.networks: m.to(self.device)
 
     def predict(self,
         volume,        # Volume
@@ -98,13 +99,12 @@ class Pipeline:
                 boxes = boxes_from_labels(labels)
                 source = ['mask' if b[0] >= 0 else '' for b in boxes]
             with _timed(sec, 'crops'):
-                crops,present = crop_vertebrae(volume, boxes, cls, labels)
-                planes = crop_planes(crops, crop_masks(labels, volume.spacing, boxes, cls) if cls.mask_channel else None, cls)
+                crops,present,planes = _cut([m.preset for m in b.members if m.weight], volume, boxes, labels)
             with _timed(sec, 'probabilities'):
-                p,heat = self._probabilities(planes, present, evidence, effort)
+                p,heat,odd = self._probabilities(planes, present, evidence, effort)
                 if evidence: looked = crop_points(strongest(heat), boxes, volume.spacing, cls, labels)
                 p,said = _checked(with_prior(p, present, b.prior), present, b.prior)
-            notes += said
+            notes += odd+said
         else: notes.append(f'no cervical spine: {reason}; the prior stands in for every answer')
         p = pd.Series(np.clip(p, EPS, 1-EPS), index=list(TARGETS), name=volume.uid)
         return Prediction(volume.uid, p, labels, boxes, crops, present, bool(cervical), reason, b.prior, notes, sec, heat, looked, tuple(source))
@@ -120,12 +120,27 @@ class Pipeline:
         return replace(p, heat=heat, looked=crop_points(strongest(heat), p.boxes, volume.spacing, cls, p.labels))
 
     def _probabilities(self, planes, present, evidence, effort):
-        "Stage 2 at the competition's prevalence: (8,) probabilities, and where it looked or None"
-        b = self.bundle
-        said = predict_probabilities(b.classification[:1] if effort >= 2 else b.classification, b.preset.classification, planes, present,
-                                     device=self.device, prior=b.prior, evidence=evidence, mirror=effort < 1)
-        p,heat = said if evidence else (said,None)
-        return np.where([*present,True], p*b.odds/(1-p+p*b.odds), p), heat
+        "Stage 2 at the competition's prevalence: (8,) probabilities, the members' together; where the first, the heaviest, looked, or None; notes"
+        b,said,heat = self.bundle,[],None
+        used = [m for m in b.members if m.weight]
+        for m,seen in zip(used, planes):
+            look = evidence and m is used[0]   # the crops that are shown are those that it sees
+            p = predict_probabilities(m.models[:1] if effort >= 2 else m.models, m.preset, seen, present, device=self.device, prior=b.prior, evidence=look, mirror=effort < 1)
+            if look: p,heat = p
+            said.append(np.where([*present,True], at_odds(p, m.odds), p))
+        out = averaged(np.array(said), [m.weight for m in used], b.average)
+        lost = [m.name for m,p in zip(used, said) if not np.isfinite(p).all() and np.isfinite(out).all()]
+        return out,heat,[f'{" and ".join(lost)} answered with what is not a number: the other members answer there'] if lost else []
+
+def _cut(presets, volume, boxes, labels):
+    "Crops as the first of the presets has them, which vertebrae are there, and the planes of each; what several look at is cut once"
+    cuts,masks,planes = {},{},[]
+    for cls in presets:
+        key = crop_key(cls)
+        if key not in cuts: cuts[key] = crop_vertebrae(volume, boxes, cls, labels)
+        if cls.mask_channel and key not in masks: masks[key] = crop_masks(labels, volume.spacing, boxes, cls)
+        planes.append(crop_planes(cuts[key][0], masks.get(key), cls))
+    return *cuts[crop_key(presets[0])],planes
 
 # %% ../nbs/22_inference.ipynb #b5d2aa4f
 def _checked(p, present, prior):

@@ -458,6 +458,7 @@ def _start_run(out, kind, preset, data, table, resume, known=None, crops_by=None
     if not _rank():   # the others come after the first, and find this
         _write_json(path, d)
         write_folds(fold_of, out/'folds.csv')
+        if labels: write_whole(out/'labels.csv', table[list(TARGETS)].rename_axis('StudyInstanceUID').to_csv(lineterminator='\n'))   # for a bundle of several runs, whose weights are fitted on their answers
     return out,fold_of
 
 def _otherwise(old, preset, of, crops_by, most=4):

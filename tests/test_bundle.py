@@ -133,9 +133,6 @@ def test_runs_of_another_kind_or_preset(tmp_path):
     p = small_preset()
     make_run(tmp_path/'seg', 'segmentation')
     make_run(tmp_path/'wide', 'classification', replace(p, classification=replace(p.classification, size=96)))
-    make_run(tmp_path/'small', 'classification', folds=(1,))
-    with pytest.raises(CspineError, match='different presets: classification.size is 64 there and 96 here'):
-        bundle([tmp_path/'seg', tmp_path/'wide', tmp_path/'small'], tmp_path/'b')
     make_run(tmp_path/'coarse', 'segmentation', replace(p, segmentation=replace(p.segmentation, spacing=p.segmentation.spacing+1)))
     with pytest.raises(CspineError, match='different presets: segmentation.spacing'):
         bundle([tmp_path/'coarse', tmp_path/'wide'], tmp_path/'b')
@@ -179,7 +176,8 @@ def test_a_bundle_lends_its_stage_1(tmp_path, written, capsys):
     assert '2 models' in capsys.readouterr().out
     for key, v in old.segmentation[0].state_dict().items(): assert torch.equal(got.segmentation[0].state_dict()[key], v)
     for key, v in models[0].state_dict().items(): torch.testing.assert_close(got.classification[0].state_dict()[key], v, atol=2e-3, rtol=2e-3)
-    with pytest.raises(CspineError, match='needs a classification run too'): bundle([written], tmp_path/'c')
+    with pytest.raises(CspineError, match='is a bundle already: name a run of classification beside it'): bundle([written], tmp_path/'c')
+    assert got.others == [] and len(got.classification) == 1   # its own stage 2 stays behind
     other = replace(small_preset(), segmentation=replace(small_preset().segmentation, widths=(4, 6)))
     make_run(tmp_path/'other', 'classification', other)
     with pytest.raises(CspineError, match='segmentation.widths is'): bundle([written, tmp_path/'other'], tmp_path/'c')
@@ -266,7 +264,7 @@ def cut(folder):
     (lambda f: (f/'bundle.json').write_text('{"format": 1'), 'cannot be read'),
     (lambda f: (f/'bundle.json').write_text('[1]'), 'JSON object'),
     (lambda f: (f/'bundle.json').write_bytes(b'\xff\xfe'), 'cannot be read'),
-    (reset(format=3), 'bundle format 3 and this cspine reads 2'),
+    (reset(format=4), 'bundle format 4 and this cspine reads 2 and 3'),
     (reset(format=None), 'bundle format None'),
     (reset(preset=None), 'preset'),
     (lambda f: edit(f, in_preset), 'unknown field colour'),

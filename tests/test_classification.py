@@ -469,7 +469,7 @@ def test_no_answer_is_lost_from_the_scores(boxed, seg_run, tmp_path):
     (tmp_path/'b').mkdir()
     shutil.copytree(run, other := tmp_path/'b'/'r')
     table = evaluate([run, other], boxed)
-    assert table.run.drop_duplicates().tolist() == ['a/r', 'b/r'] and (table[table.run == 'a/r'].figure.to_numpy() == table[table.run == 'b/r'].figure.to_numpy()).all()
+    assert table.run.drop_duplicates().tolist() == ['a/r', 'b/r', 'together', 'together minus a/r', 'together minus b/r'] and (table[table.run == 'a/r'].figure.to_numpy() == table[table.run == 'b/r'].figure.to_numpy()).all()
     with pytest.raises(CspineError, match='is named twice'): evaluate([run, run], boxed)
     with pytest.raises(CspineError, match='there is no folder .*a/q: name runs'): evaluate([tmp_path/'a'/'q'], boxed)
     with pytest.raises(CspineError, match='neither a run nor a bundle'): evaluate([boxed], boxed)
