@@ -62,7 +62,8 @@ def _write_nifti_labels(path, labels, volume, study):
     import nibabel as nib
     source,notes = None if volume.acquired else _nifti_of(study),[]
     if source is not None:
-        scan = nib.load(source)
+        try: scan = nib.load(source)
+        except Exception as e: raise LabelMapError(f'{source} cannot be read any more ({type(e).__name__}); read the study again.') from None
         shape = scan.shape[:3]
         found = _onto(labels.shape, volume.affine, shape, _RAS @ scan.affine)
         if found is None: raise LabelMapError(f'{source} is not the scan that was read: it has {" x ".join(map(str, shape))} voxels elsewhere; read it again.')
@@ -151,17 +152,19 @@ def _write_segmentation(path, labels, volume, study, algorithm):
     "By highdicom, each frame in the plane of its slice; returns notes"
     hd = _highdicom()
     from pydicom.uid import generate_uid
-    sources,drawn,some = _sources(volume, study),volume.acquired.on_slices(labels),labels.any()
-    said,out = f'Cervical vertebrae, {NOT_CLINICAL}',io.BytesIO()
-    if not some: drawn[0,0,0] = 1   # one pixel, so that highdicom writes a frame; wiped below
+    drawn,some,out = volume.acquired.on_slices(labels) if volume.acquired else None,labels.any(),io.BytesIO()
+    said = f'Cervical vertebrae, {NOT_CLINICAL}'
     try:
         with warnings.catch_warnings():   # of what is odd in the headers
             warnings.simplefilter('ignore')
+            sources = _sources(volume, study)
+            if not some: drawn[0,0,0] = 1   # one pixel, so that highdicom writes a frame; wiped below
             seg = hd.seg.Segmentation(sources, drawn, 'BINARY', _segments(hd, algorithm), generate_uid(), 1000, generate_uid(), 1,
                 manufacturer='cspine', manufacturer_model_name=algorithm, software_versions=__version__, device_serial_number='none', content_label='VERTEBRAE',
                 content_description=said, series_description=said, specific_character_set='ISO_IR 192')
             if not some: seg.PixelData = bytes(len(seg.PixelData))
             seg.save_as(out)
+    except LabelMapError: raise
     except Exception as e: raise LabelMapError(f'{study} cannot be referred to by a DICOM Segmentation ({type(e).__name__}: {str(e)[:160]}); write .nii.gz.') from e
     write_whole(path, out.getvalue())
     return [] if some else ['no vertebra was found: the segmentation holds one empty frame, since DICOM wants one']

@@ -266,6 +266,16 @@ def test_a_folder_with_more_than_the_series(tmp_path):
     assert (got == bins(np.stack([hu_of(ds) for ds in sorted(picked, key=lambda ds: ds.ImagePositionPatient[2])]))).all()
 
 
+@pytest.mark.parametrize('one', ['folder', 'file'])
+def test_a_single_slice(tmp_path, one):
+    folder = write_series(np.random.default_rng(0).integers(-900, 900, (1, 16, 24)), np.diag([-1.5, .6, .6, 1])[:, [2, 1, 0, 3]], tmp_path/'study')
+    study = folder if one == 'folder' else folder/'1.dcm'
+    volume = read_series(study)
+    for name in ('l.nii.gz', 'l.dcm'): assert write_labels(tmp_path/name, bins(volume.hu), volume, study) == []
+    check_segmentation(tmp_path/'l.dcm', slices(folder), lambda ds: bins(hu_of(ds)))
+    assert (read_mask(tmp_path/'l.nii.gz', volume) == bins(volume.hu)).all()
+
+
 def test_no_vertebra_at_all(tmp_path):
     (folder := tmp_path/'study').mkdir()
     volume = read_series(acquire(folder, EVEN))
@@ -360,6 +370,7 @@ def test_a_study_that_changed_meanwhile(tmp_path, study):
 def test_a_scan_in_nifti_gets_its_label_map_on_its_own_axes(tmp_path, axes):
     scan = nib.Nifti1Image(np.random.default_rng(1).integers(-900, 900, (9, 7, 5)).astype('i2'), np.array([(.4, .36, 0, -3), (-.3, .48, 0, 4), (0, 0, 2, 5), (0, 0, 0, 1.)]))
     scan = scan.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(scan.affine), nib.orientations.axcodes2ornt(axes)))
+    if axes == 'LPI': scan.set_sform(None, 0); scan.set_qform(scan.affine, 1)   # one of the two says where it lies
     scan.to_filename(tmp_path/'scan.nii.gz')
     volume = read_series(tmp_path/'scan.nii.gz')
     for study in (tmp_path/'scan.nii.gz', None):
@@ -369,10 +380,13 @@ def test_a_scan_in_nifti_gets_its_label_map_on_its_own_axes(tmp_path, axes):
         assert (np.asarray(got.dataobj) == bins(np.asarray(scan.dataobj)[tuple(np.moveaxis(index, -1, 0))])).all()
         if study is not None:
             same_grid(sitk.ReadImage(str(study)), sitk.ReadImage(str(tmp_path/'l.nii.gz')))
+            assert all(got.header[k] == scan.header[k] for k in ('sform_code', 'qform_code'))
             assert (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/'l.nii.gz'))) == bins(sitk.GetArrayFromImage(sitk.ReadImage(str(study))))).all()
         with pytest.raises(LabelMapError, match='no series of DICOM slices.*write .nii.gz'): write_labels(tmp_path/'l.dcm', bins(volume.hu), volume, study)
     scan.slicer[1:].to_filename(tmp_path/'scan.nii.gz')
     with pytest.raises(LabelMapError, match='is not the scan that was read'): write_labels(tmp_path/'l.nii.gz', bins(volume.hu), volume, tmp_path/'scan.nii.gz')
+    (tmp_path/'scan.nii.gz').write_bytes(b'lost')
+    with pytest.raises(LabelMapError, match='cannot be read any more'): write_labels(tmp_path/'l.nii.gz', bins(volume.hu), volume, tmp_path/'scan.nii.gz')
 
 
 def test_where_a_label_map_can_be_written(tmp_path, monkeypatch):
