@@ -216,7 +216,9 @@ def write_study_labels(
     uid,                # the study's name in the table
     labels:np.ndarray,  # (z, y, x) uint8 on the volume
     volume,             # the study's `Volume`
-    study=None,         # what it was read from
-)->list:                # notes on what the file could not say
+    study=None,         # what it was read from: for the axes of a NIfTI file
+)->Path:                # the file; the volume's own notes say what was straightened or evened
     "Write the label map of one study of a submission"
-    return write_labels(labels_file(folder, uid), labels, volume, study)
+    path = labels_file(folder, uid)
+    write_labels(path, labels, volume, study)
+    return path
