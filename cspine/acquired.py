@@ -88,6 +88,7 @@ class Acquired:
     shape: tuple          # of the volume
     affine: np.ndarray    # (4, 4) of the volume, index -> LPS mm
     grids: list           # (4, 4) of the slices as if they were evenly stacked: as other readers see the series
+    files: list = ()      # of the slices, below the study's folder; a file twice where it holds several of them
 
     def place(self,
         frame: np.ndarray, # (rows, columns) of slice `k`
@@ -119,6 +120,21 @@ class Acquired:
         view = acquired(out)
         for z, k in enumerate(self._nearest()): view[z] = self.place(drawn[k], k, fill=0, nearest=True)
         return out
+
+    def on_slices(self,
+        labels: np.ndarray, # (z, y, x) on the volume
+    ) -> np.ndarray:        # (slices, rows, columns), on the slices as their files have them
+        "Labels of the volume on the slices: each pixel's from the nearest voxel; what `labels` does, the other way round."
+        view = standardize(self.affine, self.shape)[2](np.asarray(labels))
+        z = np.clip(np.rint(self.at).astype(int), 0, self.shape[0] - 1)
+        (rows, columns), shift = self.size, np.rint(self.shift).astype(int)
+        if not shift.any() and tuple(self.shape[1:]) == tuple(self.size): return np.ascontiguousarray(view[z])
+        return np.stack([view[k, y:y + rows, x:x + columns] for k, (y, x) in zip(z, shift)])
+
+    @property
+    def corners(self):
+        "(n, 3) LPS mm of the middle of each slice's first pixel: its ImagePositionPatient, but for what evening rounds."
+        return np.c_[self.at, self.shift, np.ones(len(self.at))] @ self.affine[:3].T
 
     def box(self,
         name: str,          # of a slice's file

@@ -159,12 +159,19 @@ def bundle(
     return bundle(runs, out)
 
 # %% ../nbs/40_cli.ipynb #fbb943d5
+def _label_map(path):
+    from cspine.labelmaps import check_labels_path
+    try: return path if path is None else check_labels_path(path)
+    except CspineError as e: raise BadParameter(str(e)) from None
+
 @app.command(epilog='Example: cspine predict data/test_images/1.2.3 --page study.html')
 def predict(
     study: Study,
     bundle: BundleOption = None,
     device: Device = None,
     page: Annotated[Path | None, Option(callback=_new_file, metavar='FILE', help='HTML page to write, with the pictures.', show_default=False)] = None,
+    labels: Annotated[Path | None, Option(callback=_label_map, metavar='FILE', help="Label map of the vertebrae to write, in the scan's own geometry: .nii.gz, .nii, or "
+                                          '.dcm (DICOM Segmentation; needs cspine[seg]).', show_default=False)] = None,
 ):
     "Eight probabilities for one study, and the voxel where stage 2 saw most of each vertebra's fracture: where to look first, not proof."
     import numpy as np
@@ -175,6 +182,10 @@ def predict(
     p = pipeline.predict(volume, evidence=True)
     seen = [f'   slice {z}, row {y}, column {x}' if np.isfinite(at).all() else '' for at in p.looked for z,y,x in [np.nan_to_num(at).round().astype(int)]]
     print(p.uid, *(f'{t:16}{v:.4f}{where}' for (t,v),where in zip(p.probabilities.items(), [*seen,''])), *(f'note: {n}' for n in p.notes), sep='\n')
+    if labels is not None:
+        from cspine.labelmaps import write_labels
+        said = write_labels(labels, p.labels, volume, study, algorithm=str(pipeline.bundle.card.get('name') or pipeline.bundle.path.name))
+        print(f'labels: {labels}', *(f'note: {n}' for n in said), sep='\n')
     if page is not None:
         from cspine.report import study_page
         print(f'page: {study_page(volume, p, page, card=pipeline.bundle.card)}')

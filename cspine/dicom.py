@@ -413,6 +413,7 @@ def read_series(
     a, keep, said = lay_out([same[0].name for same in stack], [same[0].position for same in stack], first.orientation,
                             first.pixel, first.size, first.thickness or 1., straighten, even)
     stack, notes = stack[keep], notes + said
+    a.files = [str(same[0].path.relative_to(folder)) for same in stack]
     if np.prod(a.shape, dtype=float) > _VOXELS:
         raise DicomError(f'{folder} would make a volume of {" x ".join(map(str, a.shape))} voxels, more than {_VOXELS:,}; '
                          'give a folder with fewer slices, or read it with even=False.')

@@ -344,6 +344,15 @@ def read_mask(
     labels = labels[tuple(slice(None, None, -1 if f else 1) for f in flips)]
     return a.labels(labels) if on else np.ascontiguousarray(labels)
 
+def _write_nifti(img, path, level=9):
+    "Write a nibabel image whole or not at all; the same image gives the same bytes"
+    img.header.set_xyzt_units('mm')
+    data = img.to_bytes()
+    if str(path).lower().endswith('.gz'):
+        import gzip
+        data = gzip.compress(data, level, mtime=0)
+    return write_whole(path, data)
+
 def write_mask(
     labels,         # (z, y, x) uint8: 0 background, 1-7 C1-C7, 8 T
     affine,         # 4x4, index (z, y, x, 1) -> LPS mm
@@ -356,12 +365,7 @@ def write_mask(
     ours = nib.Nifti1Image(labels.astype(np.uint8), _RAS @ np.asarray(affine, float))
     img = ours.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(ours.affine), nib.orientations.axcodes2ornt('PSR')))
     img.set_sform(img.affine, 1); img.set_qform(img.affine, 1)
-    img.header.set_xyzt_units('mm')
-    data = img.to_bytes()
-    if str(path).endswith('.gz'):
-        import gzip
-        data = gzip.compress(data, mtime=0)
-    return write_whole(path, data)
+    return _write_nifti(img, path)
 
 # %% ../nbs/03_rsna.ipynb #186e861a
 def folds(

@@ -15,7 +15,9 @@ import pandas as pd
 import pytest
 
 from cspine import __version__, cli
+from cspine.dicom import read_series
 from cspine.presets import TARGETS
+from cspine.rsna import read_mask
 
 COMMANDS = ('phantom', 'inspect', 'train segmentation', 'train detection', 'train classification', 'crop', 'bundle', 'predict', 'submit', 'score', 'evaluate', 'rivals', 'presets')
 
@@ -72,7 +74,7 @@ def test_help_shows_an_example(command):
 
 def test_spelling_of_the_options():
     """Scripts outside this repository call these."""
-    wanted = {'phantom': '--train --test --size --seed', 'inspect': '--png', 'bundle': '--out', 'predict': '--bundle',
+    wanted = {'phantom': '--train --test --size --seed', 'inspect': '--png', 'bundle': '--out', 'predict': '--bundle --labels',
               'train segmentation': '--data --preset --out --fold --epochs --resume --weights --model --input',
               'train detection': '--data --preset --segmentation --out --fold --epochs --resume --predicted',
               'train classification': '--data --preset --segmentation --crops --out --fold --epochs --resume --weights --model',
@@ -165,8 +167,8 @@ def test_train_passes_on_what_was_asked(monkeypatch):
                                           ('training', 'train_classification'), ('bundle', 'bundle'), ('inference', 'predict'),
                                           ('rsna', 'score'), ('presets', 'presets')])
 def test_the_library_has_the_same_names(module, name):
-    """What a command takes, the library's function of that name takes, but for those that only write a page."""
-    ours = set(inspect.signature(getattr(cli, name)).parameters) - {'page'}
+    """What a command takes, the library's function of that name takes, but for those that only write a page or a label map."""
+    ours = set(inspect.signature(getattr(cli, name)).parameters) - {'page', 'labels'}
     assert ours <= set(inspect.signature(getattr(importlib.import_module(f'cspine.{module}'), name)).parameters)
 
 
@@ -192,13 +194,15 @@ def test_inspect(study, tmp_path):
 
 
 def test_predict(study, bundle, tmp_path):
-    done = cspine('predict', study, '--bundle', bundle, '--page', tmp_path / 'study.html')
+    done = cspine('predict', study, '--bundle', bundle, '--page', tmp_path / 'study.html', '--labels', tmp_path / 'l.nii.gz')
     assert done.returncode == 0, done.stderr
+    assert f'labels: {tmp_path / "l.nii.gz"}\n' in done.stdout
     p = dict(re.findall(r'^(C\d|patient_overall)\s+([\d.]+)(?:   slice|$)', done.stdout, re.M))
     assert tuple(p) == TARGETS and all(0 < float(v) < 1 for v in p.values())
     assert 'data:image/png' in (tmp_path / 'study.html').read_text(encoding='utf-8')
     from_library = cli.predict(study, bundle=bundle)
     assert [f'{v:.4f}' for v in from_library.probabilities] == list(p.values())
+    assert (read_mask(tmp_path / 'l.nii.gz', read_series(study)) == from_library.labels).all()
 
 
 def test_predict_says_where_it_looked(study, capsys, monkeypatch):
