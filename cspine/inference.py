@@ -114,10 +114,10 @@ class Pipeline:
         prediction,    # Prediction of it, without evidence
     ) -> Prediction:   # the same, with `heat` and `looked`
         "Where stage 2 looked, found out afterwards: its networks see the crops once more"
-        p,cls = prediction,self.bundle.preset.classification
-        planes = crop_planes(p.crops, crop_masks(p.labels, volume.spacing, p.boxes, cls) if cls.mask_channel else None, cls)
-        heat = self._probabilities(planes, p.present, True, 0)[1]
-        return replace(p, heat=heat, looked=crop_points(strongest(heat), p.boxes, volume.spacing, cls, p.labels))
+        p,m = prediction,next(m for m in self.bundle.members if m.weight)
+        planes = crop_planes(p.crops, crop_masks(p.labels, volume.spacing, p.boxes, m.preset) if m.preset.mask_channel else None, m.preset)
+        _,heat = predict_probabilities(m.models, m.preset, planes, p.present, device=self.device, prior=self.bundle.prior, evidence=True)
+        return replace(p, heat=heat, looked=crop_points(strongest(heat), p.boxes, volume.spacing, m.preset, p.labels))
 
     def _probabilities(self, planes, present, evidence, effort):
         "Stage 2 at the competition's prevalence: (8,) probabilities, the members' together; where the first, the heaviest, looked, or None; notes"

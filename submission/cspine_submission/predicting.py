@@ -4,8 +4,6 @@ import gc
 import queue
 import sys
 import threading
-from pathlib import Path
-
 from cspine.presets import TARGETS
 from cspine_submission.child import Child, Failed
 from cspine_submission.reasons import why
@@ -24,7 +22,7 @@ def pipeline(bundle, device, threads):
     expected = getattr(b, "expected", None)
     facts = {
         "device": str(made.device), "note": made.device_note, "devices": [str(d) for d in find_devices(device)[0]],
-        "folds": (len(b.segmentation), len(b.classification)),
+        "folds": (len(b.segmentation), sum(len(m.models) for m in b.members if m.weight) / sum(m.weight > 0 for m in b.members)),
         "efforts": list(EFFORTS), "card": b.card, "expected": None if expected is None else {t: list(map(float, expected[t])) for t in TARGETS},
     }
     return facts, lambda question: answer(made, **question)
@@ -82,7 +80,7 @@ def answer(pipeline, volume, prior, effort=0, evidence=False, picture=None, labe
     """A study's part of the report. Never raises: it runs in a thread that all other studies need, too.
 
     `picture`: the least patient_overall, of a study with a truth (under 'truth') the least loss, for which the page
-    wants a view; it comes back as bytes under 'view'. `labels`: (folder, name) of a label map to write.
+    wants a view; it comes back as bytes under 'view'. `labels`: (folder, uid, study) of a label map to write.
     """
     try:
         prediction, spared = _predict(pipeline, volume, effort, evidence)
@@ -181,5 +179,6 @@ def _write_labels(volume, prediction, labels):
         return None
     from cspine.labelmaps import write_study_labels
 
-    folder, name = labels
-    return {"labels": Path(write_study_labels(folder, name, prediction.labels, volume)).name}
+    folder, uid, study = labels
+    path, notes = write_study_labels(folder, uid, prediction.labels, volume, study)
+    return {"labels": str(path), "label_notes": notes}

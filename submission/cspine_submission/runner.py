@@ -173,15 +173,8 @@ class Run:
     def question(self, evidence, labels):
         """What each study is asked, beside its volume: a function of its uid."""
         def asked(uid):
-            return {"evidence": evidence, "picture": self._picture(uid), "labels": None if labels is None else (str(labels), self._name(uid))}
+            return {"evidence": evidence, "picture": self._picture(uid), "labels": None if labels is None else (str(labels), uid, self.folders[uid])}
         return asked
-
-    def _name(self, uid):
-        from cspine.rsna import TableError, validate_uid
-        try:
-            return validate_uid(uid)
-        except TableError:
-            return f"study_{self.parts.number[uid]:05d}"  # no path is made of what a table or a folder says
 
     def _picture(self, uid):
         if not self.pictures:
