@@ -112,7 +112,7 @@ class Local:
                     return
                 uid, volume, read = job
                 effort, began = self.clock.effort(len(waiting)), time.monotonic()
-                study = self._study(i, volume, prior, {**question(uid), "effort": effort, "volume": volume, "prior": prior})
+                study = self.predict(i, volume, prior, {**question(uid), "effort": effort, "volume": volume, "prior": prior})
                 del job, volume
                 now = time.monotonic()
                 steps = study.pop("steps", {})
@@ -131,7 +131,7 @@ class Local:
                 self.changed.notify_all()
             self.predictors[i].close()
 
-    def _study(self, i, volume, prior, asked):
+    def predict(self, i, volume, prior, asked):
         """Ask a predictor, and again: with fewer beside it where memory was short, on a new one where the old one broke."""
         for last in (False, False, True):
             predictor = self.predictors[i]

@@ -180,5 +180,4 @@ def _write_labels(volume, prediction, labels):
     from cspine.labelmaps import write_study_labels
 
     folder, uid, study = labels
-    path, notes = write_study_labels(folder, uid, prediction.labels, volume, study)
-    return {"labels": str(path), "label_notes": notes}
+    return {"labels": str(write_study_labels(folder, uid, prediction.labels, volume, study))}
