@@ -217,8 +217,7 @@ def write_study_labels(
     labels:np.ndarray,  # (z, y, x) uint8 on the volume
     volume,             # the study's `Volume`
     study=None,         # what it was read from: for the axes of a NIfTI file
-)->Path:                # the file; the volume's own notes say what was straightened or evened
+)->tuple:               # the file; notes on what it could not say
     "Write the label map of one study of a submission"
     path = labels_file(folder, uid)
-    write_labels(path, labels, volume, study)
-    return path
+    return path, write_labels(path, labels, volume, study)

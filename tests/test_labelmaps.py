@@ -414,7 +414,7 @@ def test_a_study_s_name_becomes_a_path_only_after_a_check(tmp_path, study):
     files = [labels_file(folder, n) for n in names]
     assert len(set(files)) == len(names) and all(f.parent == folder and not f.name.startswith('.') and len(f.name) < 100 and f.name.isascii() for f in files)
     assert files[0].name == '1.2.840.nii.gz'
-    assert [write_study_labels(folder, n, bins(volume.hu), volume, study) for n in names] == files
+    assert [write_study_labels(folder, n, bins(volume.hu), volume, study) for n in names] == [(f, []) for f in files]
     assert sorted(folder.iterdir()) == sorted(files) and {p.name for p in tmp_path.iterdir()} == {'maps', 'study'}
 
 
