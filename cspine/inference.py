@@ -129,7 +129,7 @@ class Pipeline:
             if look: p,heat = p
             said.append(np.where([*present,True], at_odds(p, m.odds), p))
         out = averaged(np.array(said), [m.weight for m in used], b.average)
-        lost = [m.name for m,p in zip(used, said) if not np.isfinite(p).all() and np.isfinite(out).all()]
+        lost = [m.name for m,p in zip(used, said) if (~np.isfinite(p) & np.isfinite(out)).any()]
         return out,heat,[f'{" and ".join(lost)} answered with what is not a number: the other members answer there'] if lost else []
 
 def _cut(presets, volume, boxes, labels):

@@ -198,6 +198,7 @@ def test_a_run(data, seg_run, tmp_path, capsys):
     assert d['kind'] == 'classification' and d['folds'] == [0, 1]
     assert d['preset'].folds == 2 and d['preset'].classification == SMALL.classification   # folds are the segmentation run's
     assert read_folds(run/'folds.csv').equals(read_folds(seg_run/'folds.csv'))
+    pd.testing.assert_frame_equal(read_train(run/'labels.csv').sort_index(), read_train(data/'train.csv').sort_index())   # for a bundle of several runs
     for k in range(2):
         log = pd.read_csv(run/f'fold{k}'/'log.csv')
         assert log.epoch.tolist() == [1, 2, 3] and log[['metric', 'best_constant', 'valid_loss']].notna().all().all()

@@ -288,6 +288,9 @@ def test_a_member_that_says_what_is_no_number_leaves_the_answer_to_the_others(ru
     p = Pipeline(b, 'cpu').predict(study.volume, study.labels)
     np.testing.assert_allclose(p.probabilities[:3], .2)
     assert 'masked answered with what is not a number: the other members answer there' in p.notes and (p.probabilities[3:] > .2).all()
+    monkeypatch.setattr(inference, 'predict_probabilities', lambda models, cls, *a, **k: np.array([np.nan]*(1+cls.mask_channel) + [.3]*(7-cls.mask_channel)))
+    p = Pipeline(b, 'cpu').predict(study.volume, study.labels)
+    assert p.probabilities['C2'] == pytest.approx(.3) and 'masked answered with what is not a number: the other members answer there' in p.notes   # though nobody answers for C1
     monkeypatch.setattr(inference, 'predict_probabilities', lambda *a, **k: np.array([np.nan] + [.3]*7))
     p = Pipeline(b, 'cpu').predict(study.volume, study.labels)
     assert p.probabilities['C1'] == pytest.approx(b.prior['C1']) and 'C1 came out as not a number: the prior stands in' in p.notes[-1]
