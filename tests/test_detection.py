@@ -33,7 +33,7 @@ YOLO = replace(SMALL, boxes='yolo')
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory): return phantom(tmp_path_factory.mktemp('data')/'phantom', train=4, test=0, size=64, seed=9200, odd=0)
+def data(tmp_path_factory): return phantom(tmp_path_factory.mktemp('data')/'phantom', train=4, test=0, size=64, seed=9200, odd=0, workers=1)
 
 
 @pytest.fixture(scope='module')

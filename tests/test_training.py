@@ -20,7 +20,7 @@ FLAT = replace(SMALL, segmentation=replace(get_preset('paper').segmentation, enc
                                            epochs=1, pretrained=False))
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory): return phantom(tmp_path_factory.mktemp('data')/'phantom', train=4, test=0, size=64, seed=9100)
+def data(tmp_path_factory): return phantom(tmp_path_factory.mktemp('data')/'phantom', train=4, test=0, size=64, seed=9100, workers=1)
 
 @pytest.fixture(scope='module')
 def run(data, tmp_path_factory): return train_segmentation(data, SMALL, tmp_path_factory.mktemp('run')/'run', fold=0)
