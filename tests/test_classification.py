@@ -2,6 +2,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import cspine.crops as crops_module
+import cspine.evaluation as evaluation
 import cspine.training as training
 from cspine.bundle import bundle, load_bundle
 from cspine.classification import (CrackNetBiLSTM, CropDataset, FractureLoss, _answers, _sample, cross_calibrated, evidence_hits, fit_calibration,
@@ -18,7 +20,6 @@ from cspine.classification import (CrackNetBiLSTM, CropDataset, FractureLoss, _a
 from cspine.cropping import crop_planes
 from cspine.cli import main
 from cspine.dicom import write_series
-from cspine.evaluation import evaluate
 from cspine.metrics import evaluate_run, read_oof
 from cspine.presets import TARGETS, CspineError, get_preset
 from cspine.rivals import CLASSIFICATION
@@ -170,6 +171,12 @@ def stage_1(monkeypatch):
     monkeypatch.setattr(crops_module, 'predict_labels', finds)
 
 
+@pytest.fixture
+def few_samples(monkeypatch):
+    "Of the bootstrap, whose intervals are tested elsewhere: a thousand take half a minute a table"
+    monkeypatch.setattr(evaluation, 'evaluate_run', partial(evaluate_run, samples=20))
+
+
 def train(data, seg_run, out, **kw):
     return training.train_classification(data, replace(SMALL, folds=5), seg_run, out, workers=1, **kw)
 
@@ -258,7 +265,7 @@ def test_a_ready_crop_data_set_trains_the_same(data, seg_run, tmp_path, monkeypa
     assert (other/'oof.csv').read_bytes() == (ready/'oof.csv').read_bytes()
 
 
-def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, tmp_path, capsys):
+def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, few_samples, tmp_path, capsys):
     run = train(data, seg_run, tmp_path/'r', fold='all')
     capsys.readouterr()
     truth, oof = read_train(data/'train.csv'), read_oof(run)
@@ -274,11 +281,11 @@ def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, tmp_path, cap
     assert table.value['patient_overall', 'specificity'] == pytest.approx((~called & (y == 0)).sum()/(y == 0).sum())
     assert f'{len(oof)} studies: the intervals of so few' in err and 'evidence' in said
     assert f"{table.value['all', 'metric']:.3f}" in said and 'best constant' in said and 'C1-C7' in said
-    with pytest.raises(CspineError, match='two stages one after the other'): evaluate([run, seg_run], data)
+    with pytest.raises(CspineError, match='two stages one after the other'): evaluation.evaluate([run, seg_run], data)
     other = tmp_path/'other'
     other.mkdir()
     truth.iloc[:2].to_csv(other/'train.csv')
-    with pytest.raises(CspineError, match='trained on other data'): evaluate([run], other)
+    with pytest.raises(CspineError, match='trained on other data'): evaluation.evaluate([run], other)
 
 
 @pytest.mark.parametrize('model', ['slice_lstm', 'slice_lstm_patient', 'resnet101_3d', 'yolov5', 'cnn_svm', 'best'])
@@ -465,30 +472,30 @@ def test_what_is_not_a_number_is_neither_scored_nor_bundled(data, seg_run, tmp_p
     with pytest.raises(CspineError, match='holds what is not a number .vertebra.bias, 1 of'): bundle([seg_run, run], tmp_path/'b2')
 
 
-def test_no_answer_is_lost_from_the_scores(boxed, seg_run, tmp_path):
+def test_no_answer_is_lost_from_the_scores(boxed, seg_run, few_samples, tmp_path):
     run = training.train_classification(boxed, SMALL, seg_run, tmp_path/'a'/'r', workers=1, epochs=1, fold='all')
     (tmp_path/'b').mkdir()
     shutil.copytree(run, other := tmp_path/'b'/'r')
-    table = evaluate([run, other], boxed)
+    table = evaluation.evaluate([run, other], boxed)
     assert table.run.drop_duplicates().tolist() == ['a/r', 'b/r', 'together', 'together minus a/r', 'together minus b/r'] and (table[table.run == 'a/r'].figure.to_numpy() == table[table.run == 'b/r'].figure.to_numpy()).all()
-    with pytest.raises(CspineError, match='is named twice'): evaluate([run, run], boxed)
-    with pytest.raises(CspineError, match='there is no folder .*a/q: name runs'): evaluate([tmp_path/'a'/'q'], boxed)
-    with pytest.raises(CspineError, match='neither a run nor a bundle'): evaluate([boxed], boxed)
+    with pytest.raises(CspineError, match='is named twice'): evaluation.evaluate([run, run], boxed)
+    with pytest.raises(CspineError, match='there is no folder .*a/q: name runs'): evaluation.evaluate([tmp_path/'a'/'q'], boxed)
+    with pytest.raises(CspineError, match='neither a run nor a bundle'): evaluation.evaluate([boxed], boxed)
     oof, evidence = (other/'oof.csv').read_text().splitlines(), (other/'evidence.csv').read_text().splitlines()
     (other/'oof.csv').write_text('\n'.join(oof[:4]) + '\n')
-    with pytest.raises(CspineError, match=f'oof.csv lacks {len(oof)-4} of the {len(oof)-1} studies'): evaluate([other], boxed)
+    with pytest.raises(CspineError, match=f'oof.csv lacks {len(oof)-4} of the {len(oof)-1} studies'): evaluation.evaluate([other], boxed)
     (other/'oof.csv').write_text('\n'.join(oof) + '\n')
     uid, fold, level, hit, share = evidence[1].split(',')
     for row, said in ((f'{uid},{fold},{level},7,{share}', 'hit: .7. should be 0 or 1'), (f'{uid},{fold},{level},{hit},nan', 'share: .nan. does not lie in 0 to 1'), (f'1.2.3,{fold},{level},{hit},{share}', '1 studies that oof.csv beside it has not')):
         (other/'evidence.csv').write_text('\n'.join([evidence[0], row, *evidence[2:]]) + '\n')
-        with pytest.raises(CspineError, match=said): evaluate([other], boxed)
+        with pytest.raises(CspineError, match=said): evaluation.evaluate([other], boxed)
     (other/'evidence.csv').write_text('\n'.join(evidence) + '\n')
     of = pd.Series([int(row.split(',')[1]) for row in evidence[1:]])
     (other/'run.json').write_text(json.dumps(json.loads((other/'run.json').read_text()) | dict(folds=[int(of[0])])))   # another is being trained anew
-    some = evaluate([other], boxed).set_index('figure')
+    some = evaluation.evaluate([other], boxed).set_index('figure')
     assert some.of['evidence'] == (of == of[0]).sum() < len(of) and some.of['metric'] < table.of[table.figure == 'metric'].iloc[0]
     (other/'run.json').write_text('{"kind": "classification", "preset": 7, ')
-    with pytest.raises(CspineError, match='run.json'): evaluate([other], boxed)
+    with pytest.raises(CspineError, match='run.json'): evaluation.evaluate([other], boxed)
     with pytest.raises(CspineError, match='run.json is damaged'): training.read_run(other)
 
 

@@ -60,7 +60,7 @@ def place(tmp_path_factory):
     "A folder with data, a run `one` of one process, the same cut off within an epoch, and what two processes make of all that"
     here, before = tmp_path_factory.mktemp('scaling'), os.getcwd()
     labels, save, every = crops.predict_labels, training._save, training.EVERY
-    phantom(here/'data', train=5, test=0, size=64, seed=9100)
+    phantom(here/'data', train=5, test=0, size=64, seed=9100, workers=1)
     os.chdir(here)
     try:
         shell(f'{SEGMENTATION} one')

@@ -16,11 +16,11 @@ from cspine.training import _origin,_start_run,read_run,train_segmentation
 
 TINY = get_preset('tiny')
 SMALL = replace(TINY, folds=2, segmentation=replace(TINY.segmentation, widths=(4,8), low_widths=(4,8), low_epochs=2, low_steps=3, low_patch=24, low_spacing=8., patch=24, spacing=2., steps=3, epochs=2))
-FLAT = replace(SMALL, segmentation=replace(get_preset('paper').segmentation, encoder='resnet18', size=32, batch=32,
+FLAT = replace(SMALL, segmentation=replace(get_preset('paper').segmentation, encoder='tu-test_resnet', size=32, batch=32,
                                            epochs=1, pretrained=False))
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory): return phantom(tmp_path_factory.mktemp('data')/'phantom', train=4, test=0, size=64, seed=9100)
+def data(tmp_path_factory): return phantom(tmp_path_factory.mktemp('data')/'phantom', train=4, test=0, size=64, seed=9100, workers=1)
 
 @pytest.fixture(scope='module')
 def run(data, tmp_path_factory): return train_segmentation(data, SMALL, tmp_path_factory.mktemp('run')/'run', fold=0)
