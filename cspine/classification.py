@@ -518,9 +518,9 @@ def predict_probabilities(
     device='cpu',  # torch device, e.g. 'cuda'
     prior=None,                   # (8,) answers for what is absent; None: the competition's
     evidence:bool=False,          # give back where the models looked, too
-    mirror:bool=True,             # answer for the mirror image as well, for twice the time
+    mirror:bool=True,             # False: in a hurry, no mirror image, whatever the preset says
 ):                                # (8,) float64 in the order of `TARGETS`; with evidence, and (7, groups, h, w) in [0, 1], the same mean, nan where absent
-    "The mean probability for each target, over folds and over the crops and, by default, their mirror image; the prior for a vertebra that is absent"
+    "The mean probability for each target, over folds and over the crops and, where the preset says so, their mirror image; the prior for a vertebra that is absent"
     p,heat = _answers(models, preset, crops, present, device, evidence, mirror)
     p = with_prior(p, np.asarray(present, bool), prior)
     return (p,heat) if evidence else p
@@ -540,7 +540,7 @@ def _answers(models, preset, crops, present, device='cpu', evidence=False, mirro
         said,where = [],[]
         for m in models:
             m.to(device).eval()
-            for seen,back in ((x, lambda h: h),(x.flip(-1), lambda h: h.flip(-1)))[:1+mirror]:
+            for seen,back in ((x, lambda h: h),(x.flip(-1), lambda h: h.flip(-1)))[:1+(mirror and preset.mirror)]:
                 logits,h = _looked(m, seen, there) if evidence else (m(seen, there).logits[0],None)
                 said.append(logits.double().sigmoid().cpu().numpy())
                 if evidence: where.append(back(h).cpu().numpy())
