@@ -31,6 +31,7 @@ from .windowing import WINDOWS,three_windows,window
 from .augment import AIR,bend_hu,cut_cube,cut_fine,end_scan,segmentation_augment
 from .dicom import read_series
 from .rsna import find_studies,read_mask
+from .engine import fastest
 from .ordering import bone_box,find_levels,order_levels
 
 # %% ../nbs/10_segmentation.ipynb #8ee9d95b
@@ -305,6 +306,10 @@ class UNet3d(nn.Module):
         self.head.bias.data[0] = 5   # start from "98 % is background", not from nine equal classes
         self.multiple = 2**(len(widths)-1)   # sides of the input are multiples of this
 
+    def heavy(self):
+        "What `cspine.engine` may compute: itself, for any size"
+        return [(self, True)]
+
     def forward(self,
         x:torch.Tensor,   # (B, in_channels, z, y, x), of `network_input`
     ):                    # (B, classes, z, y, x) logits
@@ -334,7 +339,7 @@ class Refiner(nn.Module):
         "One pass"
         B,C,z,y,w = x.shape
         blocks = x.reshape(B, C, z//2, 2, y//2, 2, w//2, 2).permute(0,1,3,5,7,2,4,6).reshape(B, 8*C, z//2, y//2, w//2)
-        out = self.net(channels_last(torch.cat([blocks, coarse.to(x.dtype)], 1)))
+        out = fastest(self.net)(channels_last(torch.cat([blocks, coarse.to(x.dtype)], 1)))
         out = out.float().unflatten(1, (self.classes, 8)) + coarse.float().clamp(min=1e-3).log()[:,:,None]
         return out.unflatten(2, (2,2,2)).permute(0,1,5,2,6,3,7,4).reshape(B, self.classes, z, y, w)
 
@@ -346,6 +351,10 @@ class Cascade(nn.Module):
         super().__init__()
         self.low = UNet3d(preset.in_channels, preset.classes, preset.low_widths)
         self.fine = Refiner(preset.in_channels, preset.classes, preset.widths)
+
+    def heavy(self):
+        "What `cspine.engine` may compute"
+        return [*self.low.heavy(),*self.fine.net.heavy()]
 
 class VisibleLevels(nn.Module):
     "Which of C1-C7 and T a slice shows: an encoder and a linear layer, no map"
@@ -766,8 +775,8 @@ def _in_pieces(models, hu, coarse=None, flips=False, window=160, overlap=32):
         part = [channels_last(network_input(x[z:z+n])[None])] + ([coarse[None,:,z//2:(z+n)//2]] if coarse is not None else [])
         p = 0
         for m in models:
-            p = m(*part)[0].float().softmax(0) + p
-            if flips: p += m(*(t.flip(-1) for t in part))[0].float().softmax(0).flip(-1)
+            p = fastest(m)(*part)[0].float().softmax(0) + p
+            if flips: p += fastest(m)(*(t.flip(-1) for t in part))[0].float().softmax(0).flip(-1)
         p /= len(models)*(1+flips)
         if len(starts) == 1: total = p; break
         if z == 0: total = p.new_zeros(len(CLASSES), *x.shape)
@@ -829,7 +838,7 @@ def _by_slice(models, preset, volume, device, flips, coarse=False):
         if device.type == 'cuda' and batch is None: torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
         with fast(device):
             views = (x, x.flip(-1)) if flips else (x,)
-            p = sum(m(v).float().sigmoid().flip(-1) if k else m(v).float().sigmoid() for m in models for k,v in enumerate(views))/(len(models)*len(views))
+            p = sum(fastest(m)(v).float().sigmoid().flip(-1) if k else fastest(m)(v).float().sigmoid() for m in models for k,v in enumerate(views))/(len(models)*len(views))
         if p.shape[-2:] != volume.hu.shape[1:]: p = F.interpolate(p, volume.hu.shape[1:], mode='bilinear')
         if every == 1: yield bone_of((here[0], 0, 0), p.transpose(0, 1))
         else:
@@ -879,7 +888,7 @@ def predict_visible(
 ) -> np.ndarray:                # (z, 8) probabilities that a slice shows C1..C7, T
     "The folds' mean for each slice"
     models,device = _ready(models, device)
-    with fast(device): return torch.cat([sum(m(x).float().sigmoid() for m in models).cpu()/len(models) for _,x in _slices(volume.hu, preset, device, 1 if device.type == 'cpu' else 16)]).numpy()
+    with fast(device): return torch.cat([sum(fastest(m)(x).float().sigmoid() for m in models).cpu()/len(models) for _,x in _slices(volume.hu, preset, device, 1 if device.type == 'cpu' else 16)]).numpy()
 
 def level_certainty(
     at:np.ndarray,     # (n, 3) of `bone_scores`
