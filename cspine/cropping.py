@@ -10,10 +10,10 @@ __all__ = ['MOST_TILT', 'AIR', 'MUSCLE', 'boxes_from_labels', 'cut_by_scan', 've
 from collections import namedtuple
 import numpy as np, torch
 import torch.nn.functional as F
-from scipy import ndimage
 
 from .presets import ClassificationPreset, CspineError
 from .dicom import Volume
+from .ordering import find_levels
 from .windowing import window
 
 # %% ../nbs/12_cropping.ipynb #5f3e3fb2
@@ -23,7 +23,7 @@ def boxes_from_labels(
     "The box of each vertebra in a label map"
     if labels.ndim != 3: raise CspineError(f'a label map is (z, y, x), this has shape {labels.shape}')
     boxes = np.full((7,6), -1)
-    for level,s in enumerate(ndimage.find_objects(labels, max_label=7)):
+    for level,s in enumerate(find_levels(labels)[:7]):
         if s: boxes[level] = [i for axis in s for i in (axis.start, axis.stop)]
     return boxes
 

@@ -32,25 +32,19 @@ def progress(
     total:int|None=None,  # number of items; `len(iterable)` if it has one
     after:float=2,        # s, silence before the first line or the bar
     every:float=5,        # s, between plain lines
-    more=None,            # a function that gives what else is to be said, in words
 ):                        # a generator of the items
     "Loop with a bar on a terminal or in a notebook, with a plain line now and then in a log"
     if total is None and hasattr(iterable, '__len__'): total = len(iterable)
     if _watched(sys.stderr):
         from tqdm.std import tqdm
-        with tqdm(desc=desc, total=total, delay=after, file=sys.stderr) as bar:
-            for item in iterable:
-                yield item
-                if more: bar.set_postfix_str(more(), refresh=False)
-                bar.update()
+        yield from tqdm(iterable, desc=desc, total=total, delay=after, file=sys.stderr)
         return
     start,said,n = time.monotonic(),None,0
     for n,item in enumerate(iterable, 1):
         yield item
         t = time.monotonic() - start
         if t > after and (said is None or t-said >= every) and n != total:
-            left = f'/{total} ({100*n//total}%), {_clock(t/n*(total-n))} left' if total and more is None else f'/{total}' if total else ''
-            if more: left += f', {more()}'
+            left = f'/{total} ({100*n//total}%), {_clock(t/n*(total-n))} left' if total else ''
             print(f'{desc}: {n}{left}, {_clock(t)} so far', file=sys.stderr, flush=True)
             said = t
     t = time.monotonic() - start
@@ -144,6 +138,7 @@ class ClassificationPreset:
     lr:float
     weight_decay:float
     ema:float               # decay of the moving average of the weights; 0: none
+    mirror:bool = True      # the answer is the mean with that for the mirror image, for twice the time
 
     @property
     def groups(self) -> int:
@@ -199,6 +194,8 @@ _LIMITS = dict(folds=(2,1000), seed=(0,2**31), in_channels=(1,64), classes=(1,64
 _WHOLE = 'widths','low_widths','decoder_channels'
 _ENCODER = re.compile(r'[A-Za-z0-9_.-]+')   # timm takes "hf-hub:..." and "local-dir:..." for a place to load from
 
+_NEWER = {'mirror'}   # fields that an older bundle lacks: their default says what was done before there was a choice
+
 def _plain(d): return {k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k,v in d.items()}
 
 def _fits(v, kind):
@@ -211,7 +208,7 @@ def _checked(cls, d, where):
     known = {f.name:f.type for f in fields(cls)}
     if extra := sorted(set(d)-set(known)):
         raise CspineError(f'{where} of the preset has unknown field {", ".join(extra)}; a newer cspine may have written it')
-    if lost := sorted(set(known)-set(d)): raise CspineError(f'{where} of the preset lacks {", ".join(lost)}')
+    if lost := sorted(set(known)-set(d)-_NEWER): raise CspineError(f'{where} of the preset lacks {", ".join(lost)}')
     out = {}
     for k,v in d.items():
         v = tuple(v) if isinstance(v, list) else v
