@@ -835,7 +835,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cspine.training.train_detection': ('training.html#train_detection', 'cspine/training.py'),
                                  'cspine.training.train_segmentation': ('training.html#train_segmentation', 'cspine/training.py')},
             'cspine.version': { 'cspine.version.code_version': ('version.html#code_version', 'cspine/version.py'),
-                                'cspine.version.needs_wheel': ('version.html#needs_wheel', 'cspine/version.py'),
                                 'cspine.version.wheel_name': ('version.html#wheel_name', 'cspine/version.py')},
             'cspine.view': { 'cspine.view.View': ('view.html#view', 'cspine/view.py'),
                              'cspine.view.View.from_bytes': ('view.html#view.from_bytes', 'cspine/view.py'),
