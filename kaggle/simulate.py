@@ -99,9 +99,10 @@ def simulate(args):
                            *(x for p in args.parameter for x in ("-p", *pair(p, "--parameter"))), str(tmp / "notebook.ipynb"), "__notebook__.ipynb"]
         shutil.copy(notebook, tmp / "notebook.ipynb")
         if not mounted:
-            print("this system allows no mounts of our own: KAGGLE_INPUT and KAGGLE_WORKING name the folders, and inputs can be written to")
+            print("this system allows no mounts of our own: there is no /kaggle, KAGGLE_INPUT and KAGGLE_WORKING name the folders, and inputs can be written to")
         for path, source in sorted(mounts.items()):
             print(f"attached: {path} <- {source}")
+        print(f"running; what it says goes to {out / 'log.txt'}", flush=True)
         took, peak, status = run(sandbox, spec, out / "log.txt", args.time_limit, args.memory)
     print((out / "log.txt").read_text(encoding="utf-8", errors="replace"), end="")
     if status == NOT_OFFLINE:

@@ -112,13 +112,37 @@ assert Path.cwd() == Path('/kaggle/working')
 """
 
 
-def test_a_kernel_sees_what_the_platform_shows(images, tmp_path):
+@pytest.mark.parametrize("number", [0, 1], ids=["root", "user"])
+def test_a_kernel_sees_what_the_platform_shows(images, tmp_path, number, monkeypatch):
+    if number == 0 and os.geteuid():
+        pytest.skip("for root; a user's namespaces are the other case")
+    monkeypatch.setattr(simulate, "SANDBOXES", simulate.SANDBOXES[number : number + 1])
     (tmp_path / "things").mkdir()
     (tmp_path / "things/a.txt").write_text("a")
     k = kernel(tmp_path / "k", PLATFORM, dataset_sources=["me/things"])
-    run(k, tmp_path / "out", "--attach", f"datasets/me/things={tmp_path / 'things'}", "--image", images["no-torch"])
+    things = f"datasets/me/things={tmp_path / 'things'}"
+    assert not simulate.main([str(k), "--out", str(tmp_path / "out"), "--attach", things, "--image", str(images["no-torch"])])
     assert (tmp_path / "out/working/mine.txt").read_text() == "kept"
     assert [p.name for p in (tmp_path / "things").iterdir()] == ["a.txt"]
+
+
+WITHOUT_MOUNTS = """
+import os
+from pathlib import Path
+assert (Path(os.environ['KAGGLE_INPUT']) / 'datasets/me/things/a.txt').read_text() == 'a'
+assert Path.cwd() == Path(os.environ['KAGGLE_WORKING'])
+"""
+
+
+def test_where_no_mounts_are_allowed_variables_name_the_folders(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(simulate, "SANDBOXES", simulate.SANDBOXES[2:])
+    (tmp_path / "things").mkdir()
+    (tmp_path / "things/a.txt").write_text("a")
+    k = kernel(tmp_path / "k", WITHOUT_MOUNTS, dataset_sources=["me/things"])
+    things = f"datasets/me/things={tmp_path / 'things'}"
+    assert not simulate.main([str(k), "--out", str(tmp_path / "out"), "--attach", things, "--image", str(images["no-torch"])])
+    said = capsys.readouterr().out
+    assert "there is no /kaggle" in said and "network: none" in said
 
 
 SLEEPS = "import subprocess\nsubprocess.run(['sleep', '600.{}'])"  # a process below the notebook's
