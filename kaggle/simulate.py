@@ -48,6 +48,7 @@ class Failed(Exception):
 
 def main(argv=None):
     args = arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sandbox ends with it
     try:
         simulate(args)
     except Failed as e:
@@ -406,7 +407,7 @@ def run(sandbox, spec, log, time_limit, memory):
                 if memory and peak > memory * 1e9:
                     raise Failed(f"the kernel's processes hold {peak / 1e9:.2f} GB after {took:.0f} s, more than {memory:g}: the platform would end it there; the log is {log}")
                 try:
-                    process.wait(0.25)
+                    process.wait(0.5)
                 except subprocess.TimeoutExpired:
                     pass
         finally:
