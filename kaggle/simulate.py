@@ -228,7 +228,7 @@ def closure(names, installed):
 def link(names, installed, folder):
     """Link the files of some packages into a folder; what they share with others is linked piece by piece."""
     folder.mkdir()
-    owners = defaultdict(set)  # (site, first parts of a path) -> packages
+    owners = defaultdict(set)  # first parts of a path -> packages
     files = defaultdict(set)
     for name, dist in installed.items():
         for f in dist.files or []:
@@ -239,20 +239,13 @@ def link(names, installed, folder):
                 owners[parts[:n]].add(name)
             if name in names:
                 files[parts[: min(len(parts), 4)]].add(name)
-    done = set()
     for parts, who in sorted(files.items()):
-        for n in range(1, len(parts) + 1):  # the shortest path that belongs to the image alone
-            if parts[:n] in done:
-                break
-            if owners[parts[:n]] <= names or n == len(parts):
-                source = Path(installed[next(iter(who))].locate_file("/".join(parts[:n])))
-                target = folder.joinpath(*parts[:n])
-                if source.exists() and len(owners[parts[:n]]) == 1 or n == len(parts) or not source.is_dir():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    if not target.exists() and source.exists():
-                        target.symlink_to(source)
-                    done.add(parts[:n])
-                    break
+        # the shortest path that is one package's own: mostly its folder
+        n = next(n for n in range(1, len(parts) + 1) if len(owners[parts[:n]]) == 1 or n == len(parts))
+        source, target = Path(installed[min(who)].locate_file("/".join(parts[:n]))), folder.joinpath(*parts[:n])
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(source)
 
 
 def environment(tmp, out, mounted):

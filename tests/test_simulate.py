@@ -149,10 +149,15 @@ SLEEPS = "import subprocess\nsubprocess.run(['sleep', '600.{}'])"  # a process b
 FILLS = "import time\nx = bytearray(700_000_000)\nx[::4096] = b'1' * len(x[::4096])\ntime.sleep(600)"
 
 
-def test_a_kernel_that_takes_too_long_is_ended(images, tmp_path):
-    said = run(kernel(tmp_path / "k", SLEEPS.format(os.getpid())), tmp_path / "out", "--image", images["no-torch"], "--time-limit", "8", status=1)
-    assert "not done after 8 s" in said
-    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if f"600.{os.getpid()}".encode() in _read(p)]
+@pytest.mark.parametrize("first", [0, 2], ids=["processes of its own", "without"])
+def test_a_kernel_that_takes_too_long_is_ended(images, tmp_path, first, monkeypatch, capsys):
+    """With all that it has started."""
+    monkeypatch.setattr(simulate, "SANDBOXES", simulate.SANDBOXES[first:])
+    k = kernel(tmp_path / "k", SLEEPS.format(f"{first}{os.getpid()}"))
+    assert simulate.main([str(k), "--out", str(tmp_path / "out"), "--image", str(images["no-torch"]), "--time-limit", "8"]) == 1
+    assert "not done after 8 s" in capsys.readouterr().err
+    assert "Executing Cell 1" in (tmp_path / "out/log.txt").read_text()
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if f"600.{first}{os.getpid()}".encode() in _read(p)]
 
 
 def test_a_kernel_that_takes_too_much_memory_is_ended(images, tmp_path):
