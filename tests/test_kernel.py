@@ -121,6 +121,25 @@ def test_nothing_walks_through_the_scans(tmp_path, monkeypatch):
     assert not [p for p in seen if "test_images" in p.parts or p.name == "segmentations" or p.parent.name == "windows"]
 
 
+@pytest.mark.parametrize("rerun", [False, True])
+def test_an_alarm_fails_the_kernel_before_a_submission_is_spent(tmp_path, monkeypatch, rerun):
+    monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
+    if rerun:
+        monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    (tmp_path / "submission.csv").write_text("row_id,fractured\na_C1,.5\n")
+    (tmp_path / "test.csv").write_text("row_id\na_C1\n")
+
+    def last(alarm):
+        exec(sources(SUBMIT)[-1], {"os": os, "data": tmp_path, "working_folder": lambda: tmp_path, "report": {"alarm": alarm}})
+
+    last(False)
+    if rerun:
+        last(True)
+    else:
+        with pytest.raises(RuntimeError, match="Do not submit this"):
+            last(True)
+
+
 def publish(*args, **env):
     return subprocess.run([sys.executable, ROOT / "kaggle/publish.py", *map(str, args)], capture_output=True, text=True, env=os.environ | env)
 
