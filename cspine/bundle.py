@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from .version import wheel_name
 from .presets import ClassificationPreset,CspineError,Preset,TARGETS,get_preset
 
 # %% ../nbs/21_bundle.ipynb #9c23152f
@@ -247,11 +248,7 @@ def _named(members):
 # %% ../nbs/21_bundle.ipynb #9c27d767
 def _sha256(b): return hashlib.sha256(b).hexdigest()
 
-def _written_by():
-    "This cspine: the name of its wheel, and a fingerprint of its modules, which an edited notebook changes"
-    import cspine
-    code = sorted(Path(cspine.__file__).parent.glob('*.py'))
-    return dict(wheel=f'cspine-{cspine.__version__}', code=_sha256(''.join(_sha256(f.read_bytes()) for f in code).encode())[:12])
+def _written_by(): return dict(wheel=wheel_name())   # whose version holds a hash of its code, which an edited notebook changes
 
 def _write_bundle(out, preset, shared, members, prior, card, average='probabilities'):
     "Write it beside `out` and rename: there is a whole bundle or none. `shared`: stage 1 and YOLO as `_Part`, `members`: those of stage 2, the heaviest first"
@@ -508,7 +505,7 @@ def _of_its_time(folder, meta):
         by,here = meta.get('written_by'),_written_by()
         if by == here: raise
         named = isinstance(by, dict) and all(isinstance(by.get(k), str) and re.fullmatch(r'[A-Za-z0-9.+_-]{1,60}', by[k]) for k in here)
-        say = lambda d: f'wheel {d["wheel"]}, code {d["code"]}'
+        say = lambda d: f'wheel {d["wheel"]}'
         raise CspineError(f'{folder}: this bundle needs the cspine that trained it ({say(by) if named else "it does not say which"}; here is {say(here)}): {e}') from None
 
 # %% ../nbs/21_bundle.ipynb #37a12bbc

@@ -6,7 +6,7 @@
 __all__ = ['app', 'train_app', 'Study', 'BundleOption', 'Data', 'PresetOption', 'Out', 'Fold', 'Epochs', 'Resume', 'Weights',
            'Device', 'Model', 'Precision', 'Detection', 'Batch', 'FEW', 'phantom', 'inspect', 'train_segmentation',
            'train_detection', 'train_classification', 'crop_data_set', 'bundle', 'predict', 'submit', 'score',
-           'evaluate', 'rivals', 'presets', 'main']
+           'evaluate', 'rivals', 'presets', 'collect_wheels', 'main']
 
 # %% ../nbs/40_cli.ipynb #33efc42b
 import os,sys
@@ -292,6 +292,20 @@ def presets(
     "Show presets side by side."
     from cspine.presets import presets
     return _shown(presets(names))
+
+# %% ../nbs/40_cli.ipynb #c0a71e35
+@app.command('wheels', epilog='Example: cspine wheels --out wheels --image kaggle/images/kaggle-2026-05.txt')
+def collect_wheels(
+    out: Annotated[Path, Option(metavar='DIR', help='Folder for the wheels and their lock file; wheels that are there are replaced.', show_default=False)],
+    python: Annotated[str | None, Option(metavar='X.Y', help="The kernel's Python; without it, what the image's list says.", show_default=False)] = None,
+    image: Annotated[Path | None, Option(metavar='FILE', help="List of what the image has, name==version lines from `pip list --format=freeze` in a kernel; without it, the newest in kaggle/images.",
+                                         show_default=False)] = None,
+    extras: Annotated[str, Option(metavar='NAMES', help="Extras of cspine to bring, with commas between; '' for none.")] = 'train,pretrained',
+    project: Annotated[Path, Option(metavar='DIR', help='Checkout of cspine that its own wheel is built from.')] = Path('.'),
+) -> Path:
+    "Collect what a kernel without a network lacks: cspine's own wheel, and what the platform's image does not have."
+    from cspine.wheels import wheels
+    return wheels(out, python=python, image=image, extras=extras, project=project)
 
 # %% ../nbs/40_cli.ipynb #f23f500a
 def main(

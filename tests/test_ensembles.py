@@ -379,9 +379,9 @@ def test_a_bundle_of_edited_code_names_the_cspine_that_it_needs(tmp_path, spoil,
     edit(out, spoil)
     with pytest.raises(CspineError, match=says) as e: load_bundle(out)   # this very code wrote it: it is the file that is wrong
     assert 'needs the cspine' not in str(e.value)
-    edit(out, lambda d: d.update(written_by=dict(wheel='cspine-7.8.9', code='0123456789ab')))
-    with pytest.raises(CspineError, match=f'this bundle needs the cspine that trained it .wheel cspine-7.8.9, code 0123456789ab; here is wheel cspine-.*: .*{says}'): load_bundle(out)
-    for by in (None, 'x', dict(wheel='a\nb', code='x'), dict(wheel=3)):
+    edit(out, lambda d: d.update(written_by=dict(wheel='cspine-7.8.9+01234567-py3-none-any.whl')))
+    with pytest.raises(CspineError, match=f'this bundle needs the cspine that trained it .wheel cspine-7.8.9.01234567-py3-none-any.whl; here is wheel cspine-.*: .*{says}'): load_bundle(out)
+    for by in (None, 'x', dict(wheel='a\nb'), dict(wheel=3)):
         edit(out, lambda d: d.update(written_by=by))
         with pytest.raises(CspineError, match='needs the cspine that trained it .it does not say which') as e: load_bundle(out)
         assert '\n' not in str(e.value)

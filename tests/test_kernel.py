@@ -1,143 +1,215 @@
-"""The submit kernel, top to bottom, where there is no network, over folders laid out like the platform's."""
+"""The kernels as files: clean, complete metadata, one way to find what is attached; and what publishes them."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from cspine.bundle import random_bundle
-from cspine.phantom import phantom
-from cspine.presets import TARGETS
-from cspine.rsna import read_test
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL = ROOT / "kaggle" / "submit"
-# Jupyter's processes talk over localhost, which a new network namespace has, but switched off
-LOCALHOST_UP = """
-import fcntl, os, socket, struct, sys
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-    fcntl.ioctl(s, 0x8914, struct.pack('16sh14x', b'lo', 1))  # SIOCSIFFLAGS, IFF_UP
-os.execv(sys.argv[1], sys.argv[1:])
-"""
+KERNELS = sorted(p.parent for p in (ROOT / "kaggle").glob("*/*/kernel-metadata.json"))
+SUBMIT = ROOT / "kaggle/kernels/submit"
 COMPETITION = "rsna-2022-cervical-spine-fracture-detection"
 
 
-def sources():
-    cells = json.loads((KERNEL / "submit.ipynb").read_text())["cells"]
-    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+def metadata(folder):
+    return json.loads((folder / "kernel-metadata.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def offline():
-    """The command before a command that takes its network away."""
-    for unshare in (["unshare", "-n"], ["unshare", "-rn"]):  # as root, and as anybody where the system allows it
-        if subprocess.run([*unshare, "true"], capture_output=True).returncode == 0:
-            return [*unshare, sys.executable, "-c", LOCALHOST_UP]
-    pytest.fail("this test takes the network away with unshare (util-linux): run it as root, or allow user namespaces")
+def cells(folder):
+    return json.loads((folder / metadata(folder)["code_file"]).read_text(encoding="utf-8"))["cells"]
 
 
-def execute(offline, folder, **env):
-    """Run the notebook as the platform does; returns the process and the executed notebook."""
-    done = subprocess.run(
-        [*offline, sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", folder / "executed",
-         KERNEL / "submit.ipynb"],
-        cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"KAGGLE_INPUT": str(folder / "input"), "KAGGLE_WORKING": str(folder / "working"),
-                          "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "IPYTHONDIR": str(folder / "ipython")} | env,
-    )
-    path = folder / "executed" / "submit.ipynb"
-    return done, json.loads(path.read_text()) if path.exists() else None
+def sources(folder):
+    return ["".join(c["source"]) for c in cells(folder) if c["cell_type"] == "code"]
 
 
-def test_there_is_no_network(offline):
-    code = "import socket; print(sorted(name for _, name in socket.if_nameindex()))"
-    seen = subprocess.run([*offline, sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert seen.strip() == "['lo']"
-    code = "import socket; socket.create_connection(('198.51.100.1', 80), timeout=5)"
-    done = subprocess.run([*offline, sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0 and "Network is unreachable" in done.stderr
+def test_all_kernels_are_there():
+    assert {k.name for k in KERNELS} == {"train-segmentation", "crop", "train-classification", "submit", "windowing", "read-series"}
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["demo bundle", "attached bundle"])
-def test_kernel_runs_offline(offline, tmp_path, attached):
-    bundle = tmp_path / "input" / "datasets" / "someone" / "cspine-bundle"
-    if attached:
-        bundle.parent.mkdir(parents=True)
-        random_bundle(bundle)
-    data = tmp_path / "input" / "competitions" / COMPETITION
-    phantom(data, train=0, test=2, size=128, seed=20221027, workers=1)
-    # only what the platform's hidden set is sure to have
-    for name in ("train.csv", "train_bounding_boxes.csv", "test_truth.csv"):
-        (data / name).unlink(missing_ok=True)
-    (tmp_path / "working").mkdir()
-    done, notebook = execute(offline, tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
-    csv = pd.read_csv(tmp_path / "working" / "submission.csv")
-    assert list(csv.columns) == ["row_id", "fractured"]
-    assert csv["row_id"].tolist() == read_test(data / "test.csv")["row_id"].tolist() and len(csv) == 2 * len(TARGETS)
-    assert csv["fractured"].between(0, 1).all()
-    report = json.loads((tmp_path / "working" / "submission_report.json").read_text())
-    assert "prior" not in report["counts"], report["study"]
-    ran = [c for c in notebook["cells"] if c["cell_type"] == "code"]
-    assert all(c["execution_count"] for c in ran) and len(ran) == len(sources())
-    printed = "".join("".join(o.get("text", "")) for c in ran for o in c["outputs"])
-    assert f"bundle: {bundle if attached else 'the demo bundle'}\n" in printed
+@pytest.mark.parametrize("folder", KERNELS, ids=lambda p: p.name)
+def test_kernel_fits_the_platform(folder):
+    meta = metadata(folder)
+    assert meta["kernel_type"] == "notebook" and meta["language"] == "python" and meta["enable_internet"] is False
+    assert meta["id"] == f"YOUR_NAME/{meta['title'].replace(' ', '-')}"  # the platform makes the one from the other
+    assert all(s.startswith("YOUR_NAME/") for s in meta["dataset_sources"] + meta["kernel_sources"])
+    if folder.parent.name == "kernels":  # without a machine_shape it may be a GPU that the platform's torch cannot use
+        assert meta["enable_gpu"] and meta["machine_shape"] == "NvidiaTeslaT4" and meta["competition_sources"] == [COMPETITION]
+        known = {metadata(k)["id"] for k in KERNELS}
+        assert set(meta["kernel_sources"]) <= known
+    assert not any(c.get("outputs") or c.get("execution_count") for c in cells(folder))
 
 
-def test_kernel_without_inputs_says_what_to_attach(offline, tmp_path):
-    (tmp_path / "input").mkdir()
-    done, _ = execute(offline, tmp_path)
-    assert done.returncode != 0 and "attach the competition" in done.stderr
+@pytest.mark.parametrize("folder", [k for k in KERNELS if k.parent.name == "kernels"], ids=lambda p: p.name)
+def test_kernel_says_what_it_needs_and_installs_in_one_way(folder):
+    first = "".join(cells(folder)[0]["source"])
+    assert cells(folder)[0]["cell_type"] == "markdown" and "ttached must be" in first and "GPU T4 x2" in first and "competition" in first
+    assert sources(folder)[0] == sources(SUBMIT)[0]  # the cell that installs is the same everywhere
 
 
-def test_wheels_are_installed_only_where_cspine_is_missing(tmp_path, monkeypatch):
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Run the cell that installs over an input, where cspine seems to be missing: the commands that it would run."""
     monkeypatch.setenv("KAGGLE_INPUT", str(tmp_path / "input"))
-    setup, install = sources()[:2]
-    calls, space = [], {}
-    exec(setup, space)
-    space["subprocess"].run, run = lambda *a, **k: calls.append((a, k)), subprocess.run
-    try:
-        exec(install, space)
-        assert calls == []
-        monkeypatch.setattr(space["importlib"].util, "find_spec", lambda name: None)
-        with pytest.raises(RuntimeError, match="holds its wheel"):
-            exec(install, space)
-        wheels = tmp_path / "input" / "datasets" / "someone" / "cspine-wheels"
-        wheels.mkdir(parents=True)
-        (wheels / "cspine-0.1.0-py3-none-any.whl").touch()
-        exec(install, space)
-        (command,), options = calls[0]
-        assert "--no-index" in command and wheels in command and options == {"check": True}
-    finally:
-        subprocess.run = run
+    calls = []
+
+    def run(*places):
+        for place in places:
+            folder = tmp_path / "input" / place
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "cspine-0.1.0+1a2b3c4d-py3-none-any.whl").touch()
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("subprocess.run", lambda command, **options: calls.append((command, options)))
+        exec(sources(SUBMIT)[0], {})  # our own kernel's cell
+        return calls
+
+    return run
 
 
-def test_the_table_that_has_scans_beside_it_is_taken(tmp_path, monkeypatch):
-    """Also where another data set holds a test.csv nearer to the top."""
+@pytest.mark.parametrize("place", ["cspine-wheels", "datasets/me/cspine-wheels", "notebooks/me/wheels", "models/me/wheels/other/default/1"])
+def test_wheels_are_found_however_they_are_mounted(install, tmp_path, place):
+    ((command, options),) = install(place)
+    assert "--no-index" in command and "--require-hashes" in command and options == {"check": True}
+    assert command[-1] == tmp_path / "input" / place / "requirements.lock"
+
+
+def test_two_sets_of_wheels_are_named_and_none_is_taken(install):
+    with pytest.raises(RuntimeError, match="(?s)lie 2: .*datasets/me/.*datasets/you/"):
+        install("datasets/me/cspine-wheels", "datasets/you/cspine-wheels")
+
+
+def test_no_wheels_are_said(install):
+    with pytest.raises(RuntimeError, match="attach the one data set of wheels"):
+        install()
+
+
+def test_wheels_are_left_alone_where_cspine_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_INPUT", str(tmp_path / "input"))
+    monkeypatch.setattr("subprocess.run", lambda *a, **k: pytest.fail("something is installed"))
+    exec(sources(SUBMIT)[0], {})
+
+
+@pytest.mark.parametrize("folder", [k for k in KERNELS if k.parent.name == "kernels"], ids=lambda p: p.name)
+def test_kernel_without_inputs_says_what_to_attach(tmp_path, folder):
+    (tmp_path / "input").mkdir()
+    code = "\n".join(s for s in sources(folder) if "find_device" not in s)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"KAGGLE_INPUT": str(tmp_path / "input")})
+    assert done.returncode and "attach the competition" in done.stderr and "nothing is attached" in done.stderr
+
+
+def test_nothing_walks_through_the_scans(tmp_path, monkeypatch):
+    """Neither by name nor where a folder holds many; and a model is found six folders down."""
+    from cspine.kernels import attached_bundle, attached_data
+
     data = tmp_path / "competitions" / COMPETITION
-    (data / "test_images").mkdir(parents=True)
-    for folder in (data, tmp_path / "mine"):
-        folder.mkdir(exist_ok=True)
-        (folder / "test.csv").write_text("")
-    monkeypatch.setenv("KAGGLE_INPUT", str(tmp_path))
-    names = {}
-    for source in sources():
-        if "attached(" in source and "pip" not in source:
-            exec(source, names)  # noqa: S102, our own kernel's cells
-    assert names["data"] == data
+    for i in range(150):
+        (data / "test_images" / f"1.{i}").mkdir(parents=True)
+        (tmp_path / "datasets/me/windows" / f"1.{i}").mkdir(parents=True)
+    (data / "segmentations").mkdir()
+    (data / "test.csv").touch()
+    model = tmp_path / "models/me/spine/pytorch/default/1"
+    model.mkdir(parents=True)
+    (model / "bundle.json").touch()
+    seen, scandir = [], os.scandir
+    monkeypatch.setattr("os.scandir", lambda path: seen.append(Path(path)) or scandir(path))
+    assert attached_bundle(tmp_path) == model and attached_data("test", tmp_path) == data
+    assert data in seen and len(seen) < 40
+    assert not [p for p in seen if "test_images" in p.parts or p.name == "segmentations" or p.parent.name == "windows"]
 
 
-def test_metadata_fits_the_platform():
-    meta = json.loads((KERNEL / "kernel-metadata.json").read_text())
-    assert (KERNEL / meta["code_file"]).is_file()
-    assert meta["enable_internet"] is False and meta["competition_sources"] == [COMPETITION]
-    assert {s.split("/")[1] for s in meta["dataset_sources"]} == {"cspine-wheels", "cspine-bundle"}
-    assert meta["kernel_type"] == "notebook" and meta["language"] == "python"
+@pytest.mark.parametrize("rerun", [False, True])
+def test_an_alarm_fails_the_kernel_before_a_submission_is_spent(tmp_path, monkeypatch, rerun):
+    monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
+    if rerun:
+        monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    (tmp_path / "submission.csv").write_text("row_id,fractured\na_C1,.5\n")
+    (tmp_path / "test.csv").write_text("row_id\na_C1\n")
+
+    def last(alarm):
+        exec(sources(SUBMIT)[-1], {"os": os, "data": tmp_path, "working_folder": lambda: tmp_path, "report": {"alarm": alarm}})
+
+    last(False)
+    if rerun:
+        last(True)
+    else:
+        with pytest.raises(RuntimeError, match="Do not submit this"):
+            last(True)
 
 
-def test_kernel_is_committed_clean():
-    cells = json.loads((KERNEL / "submit.ipynb").read_text())["cells"]
-    assert not any(c.get("outputs") or c.get("execution_count") for c in cells)
+def publish(*args, **env):
+    return subprocess.run([sys.executable, ROOT / "kaggle/publish.py", *map(str, args)], capture_output=True, text=True, env=os.environ | env)
+
+
+@pytest.fixture
+def wheels(tmp_path):
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "cspine-0.1.0+1a2b3c4d-py3-none-any.whl").write_bytes(b"0" * 2_000_000)
+    (folder / "requirements.lock").write_text("cspine==0.1.0+1a2b3c4d --hash=sha256:0\n")
+    return folder
+
+
+BUNDLE = ROOT / "cspine/demo_bundle"
+
+
+def test_publish_shows_what_it_would_send(wheels, tmp_path):
+    before = {p: p.read_bytes() for p in (ROOT / "kaggle").rglob("*.json")}
+    done = publish("--user", "someone", "--wheels", wheels, "--bundle", BUNDLE, "--kernel", "submit", "--dry-run", PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for said in ("2.000 MB  cspine-0.1.0+1a2b3c4d-py3-none-any.whl", '"id": "someone/cspine-wheels"', '"id": "someone/cspine-bundle"',
+                 '"id": "someone/cspine-submit"', "datasets create -p", "datasets version -p", "kernels push -p", "bundle.json"):
+        assert said in done.stdout
+    assert "YOUR_NAME" not in done.stdout and "\nrunning:" not in done.stdout
+    assert before == {p: p.read_bytes() for p in (ROOT / "kaggle").rglob("*.json")}
+
+
+FAKE = """#!/bin/sh
+echo "$@" >> "$LOG"
+for f in "$4"/*; do [ "$1" = status ] || basename "$f" >> "$LOG"; done
+case "$1 $2" in "datasets status") [ -e "$LOG.made" ] && echo ready || exit 1;; "datasets create") touch "$LOG.made";; esac
+"""
+
+
+def test_publish_makes_a_data_set_once_and_then_versions_it(wheels, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/kaggle").write_text(FAKE)
+    (tmp_path / "bin/kaggle").chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    for _ in range(2):
+        done = publish("--user", "someone", "--wheels", wheels, "--kernel", "submit", "--demo", **env)
+        assert done.returncode == 0, done.stderr + done.stdout
+    log = (tmp_path / "log").read_text()
+    assert log.count("datasets create") == log.count("datasets version") == 1 and log.count("kernels push") == 2
+    assert log.index("datasets create") < log.index("kernels push") < log.index("datasets version")
+    assert "dataset-metadata.json" in log and "requirements.lock" in log and "submit.ipynb" in log
+
+
+@pytest.mark.parametrize("args, says", [
+    ((), "nothing to send"),
+    (("--bundle", "tests"), "lacks bundle.json"),
+    (("--kernel", "nothing"), "there are crop, submit, train-classification, train-segmentation"),
+    (("--bundle", BUNDLE, "--demo"), "leave out one"),
+])
+def test_publish_says_what_is_missing(args, says):
+    done = publish("--user", "someone", "--dry-run", *args)
+    assert done.returncode == 1 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_publish_takes_the_name_from_the_credential_file(wheels, tmp_path):
+    (tmp_path / "kaggle.json").write_text('{"username": "from_file", "key": "SECRET"}')
+    env = {"KAGGLE_CONFIG_DIR": str(tmp_path), "KAGGLE_USERNAME": "", "HOME": str(tmp_path)}
+    done = publish("--wheels", wheels, "--dry-run", **env)
+    assert done.returncode == 0 and '"id": "from_file/cspine-wheels"' in done.stdout and "SECRET" not in done.stdout
+    (tmp_path / "kaggle.json").unlink()
+    done = publish("--wheels", wheels, "--dry-run", **env)
+    assert done.returncode == 1 and "no user name: give it with --user" in done.stderr
+
+
+def test_two_wheels_of_cspine_are_not_published(wheels):
+    shutil.copy(next(wheels.glob("*.whl")), wheels / "cspine-0.1.0+99999999-py3-none-any.whl")
+    done = publish("--user", "someone", "--wheels", wheels, "--dry-run")
+    assert done.returncode == 1 and "2 wheels of cspine" in done.stderr

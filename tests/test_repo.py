@@ -179,7 +179,7 @@ def test_notebook_is_clean(path):
             assert set(out.get('data', {})) == {'image/png'}, 'only pictures stay in a notebook: nbdev-clean'
 
 
-LIGHT = ('presets', 'dicom', 'windowing', 'rsna', 'anatomy', 'dataset', 'fractures', 'neck', 'phantom', 'ordering', 'cli')
+LIGHT = ('version', 'presets', 'dicom', 'windowing', 'rsna', 'anatomy', 'dataset', 'fractures', 'neck', 'phantom', 'ordering', 'kernels', 'wheels', 'cli')
 
 
 @pytest.mark.parametrize('module', LIGHT)
