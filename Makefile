@@ -59,13 +59,13 @@ $(VENV)/pip.stamp:
 $(VENV)/base.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
 	@rm -rf build/lib build/bdist.*
 	@echo 'installing the project into $(VENV)'
-	$(BIN)/python -m pip install .
+	$(BIN)/python -m pip install '.[openvino]'
 	@touch $@ $(VENV)/code.stamp
 
 $(VENV)/test.stamp: settings.ini setup.py pyproject.toml | $(VENV)/pip.stamp
 	@rm -rf build/lib build/bdist.*
 	@echo 'installing the project, and what its tests need, into $(VENV)'
-	$(BIN)/python -m pip install '.[train,pretrained,yolo,3d,dev]'
+	$(BIN)/python -m pip install '.[train,pretrained,yolo,3d,openvino,seg,ray,dev]'
 	@# ultralytics brings the OpenCV that needs a screen's libraries; albumentations' own, put over it, does without
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps opencv-python-headless
 	@touch $@ $(VENV)/base.stamp $(VENV)/code.stamp

@@ -16,6 +16,7 @@ from .crops import crop_key
 from .cropping import boxes_from_labels,crop_masks,crop_planes,crop_points,crop_vertebrae
 from .detection import mask_note,predict_boxes
 from .dicom import read_series
+from .engine import accelerate
 from .presets import CspineError,LEVELS,TARGETS
 from .segmentation import find_devices,find_labels,has_cervical_spine
 
@@ -62,12 +63,15 @@ class Pipeline:
         bundle=None,   # bundle folder or Bundle; None: the demo bundle
         device=None,   # 'cpu', 'cuda', ...; None: a GPU where there is one that computes
         threads=None,  # of the CPU, for the whole process; None: as torch has it, one per core
+        cache=None,    # folder for what the engine compiles for a CPU, read from it the next time; None: memory only
     ):
         if threads is not None: torch.set_num_threads(threads)
         (self.device,*_),self.device_note = find_devices(device)   # the note: '', or a sentence on a GPU that is there and cannot compute
         if self.device_note: print(self.device_note, file=sys.stderr)
         self.bundle = load_bundle(bundle)
         for m in self.bundle.networks: m.to(self.device)
+        self.engine = accelerate(self.bundle.networks, cache) if self.device.type == 'cpu' else 'torch'
+        self.batch = None   # slices of a 2D network at once; None: as many as the device has room for
 
     def predict(self,
         volume,        # Volume
@@ -80,7 +84,7 @@ class Pipeline:
         few = slice(1 if effort >= 2 else None)   # folds
         with _timed(sec, 'labels'):
             sure = 1.
-            if labels is None: labels,sure = find_labels(b.segmentation[few], b.preset.segmentation, volume, device=self.device, coarse=effort >= 3)
+            if labels is None: labels,sure = find_labels(b.segmentation[few], b.preset.segmentation, volume, device=self.device, coarse=effort >= 3, batch=self.batch)
             if labels.shape != volume.shape:
                 raise CspineError(f'the label map has shape {labels.shape} and the volume {volume.shape}; they must be on the same grid')
             cervical,reason = has_cervical_spine(labels, volume.spacing)

@@ -829,10 +829,10 @@ def _slices(hu, preset, device, batch=1, every=1):
         got = yield here,channels_last(x)
         i,batch = i+len(here),got or batch
 
-def _by_slice(models, preset, volume, device, flips, coarse=False):
+def _by_slice(models, preset, volume, device, flips, coarse=False, batch=None):
     "Blocks of the study's own grid, of `bone_of`, slice by slice, or with some between that are interpolated; as many at once as the device has room for"
     every = max(1, round(COARSE_MM/volume.spacing[0])) if coarse else 1
-    slices,batch,last = _slices(volume.hu, preset, device, every=every),None,None
+    slices,last = _slices(volume.hu, preset, device, every=every),None
     here,x = next(slices)
     while True:
         if device.type == 'cuda' and batch is None: torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
@@ -858,11 +858,11 @@ def _ready(models, device):
     return [channels_last(m.to(device).eval()) for m in models],device
 
 @torch.inference_mode()
-def _blocks(models, preset, volume, device='cpu', flips=False, coarse=False):
+def _blocks(models, preset, volume, device='cpu', flips=False, coarse=False, batch=None):
     "Blocks of the study's own grid, of `bone_of`"
     if preset.model == 'visible2d': raise CspineError('this model only says which levels a slice shows; it has no label map')
     models,device = _ready(models, device)
-    if preset.model == 'unet2d': yield from _by_slice(models, preset, volume, device, flips, coarse); return
+    if preset.model == 'unet2d': yield from _by_slice(models, preset, volume, device, flips, coarse, batch); return
     grid = preset.low_spacing or preset.spacing
     hu = to_grid(volume.hu, volume.spacing, grid, device)   # not in `fast`: HU do not fit into bfloat16
     with fast(device): share = _on_coarse_grid([m.low if preset.model == 'cascade3d' else m for m in models], hu, flips, preset.low_patch or preset.patch)
@@ -912,9 +912,10 @@ def find_labels(
     device:str='cpu',           # torch device, e.g. 'cuda'
     flips:bool=False,           # the mean with the answer for the scan seen in a mirror, for twice the time
     coarse:bool=False,          # as of `predict_scores`
+    batch:int=None,             # slices of a 2D network at once; None: as many as the device has room for
 ) -> tuple:                     # (z, y, x) uint8 label map on the volume's own grid; its `level_certainty`
     "The label map of a scan: the folds' mean, in the order of a spine, with specks removed; and how sure of the levels they are"
-    at,p,total = bone_scores(_blocks(models, preset, volume, device, flips, coarse))
+    at,p,total = bone_scores(_blocks(models, preset, volume, device, flips, coarse, batch))
     labels = clean_labels(labels_of(at, p, volume.hu.shape, volume.spacing), volume.spacing)
     return labels,level_certainty(at, p, labels, total)
 

@@ -227,15 +227,16 @@ def test_submit_and_score(data, bundle, tmp_path):
     score, constant = (float(re.search(rf'^{what}\s+([\d.]+)$', done.stdout, re.M)[1]) for what in ('score', 'best constant'))
     html = page.read_text(encoding='utf-8')
     assert re.search(r'^0\.\d{4} (better|worse) than the best constant', done.stdout, re.M)
-    assert html.count('data:image/png') == 1 and f'{score:.4f}' in html and f'{constant:.4f}' in html
+    assert html.count('data:image/png') == 2 and f'{score:.4f}' in html   # a study, and the histograms of all answers
+    assert 'seconds per study: read' in html and f'{constant:.4f}' in html
     assert all(uid in html for uid in asked.StudyInstanceUID)
     assert 'Pictured: 1 of 2 studies' in html
     again = ['submit', '--data', data, '--bundle', bundle, '--out', csv, '--page', page, '--truth', truth, '--pictures']
-    assert 'reused as it is' in cspine(*again, 1).stdout and page.read_text(encoding='utf-8') == html
-    assert 'reused' not in cspine(*again, 2).stdout.split('page:')[1]
+    before = csv.read_bytes()
+    assert 'predicting' not in (said := cspine(*again, 1).stdout) and 'reusing 2 of 2' in said   # drawn from what was kept
     assert page.read_text(encoding='utf-8').count('data:image/png') == 2
-    page.write_text('edited')
-    assert 'reused' not in cspine(*again, 2).stdout.split('page:')[1]
+    cspine(*again, 2)   # one more picture than was kept: that study is looked at once more
+    assert page.read_text(encoding='utf-8').count('data:image/png') == 3 and csv.read_bytes() == before
     s = cli.score(truth, csv)
     assert (round(s['score'], 4), round(s['best_constant'], 4)) == (score, constant)
 
@@ -246,6 +247,17 @@ def test_what_is_wrong_with_the_truth_is_said_first(data, bundle, tmp_path):
     assert 'hold different studies' in submit('--truth', data / 'train.csv')
     for option in ('--page', '--out'): assert 'is a folder' in fails(2, 'submit', '--data', data, option, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('alarm, status', [(True, 3), (False, 0)])
+def test_an_alarm_is_an_exit_status(data, bundle, tmp_path, monkeypatch, alarm, status):
+    monkeypatch.setattr('cspine_submission.submit', lambda *a, **k: dict(path='s.csv', alarm=alarm))
+    with pytest.raises(SystemExit) as end: cli.main(['submit', '--data', str(data), '--bundle', str(bundle), '--out', str(tmp_path / 's.csv')])
+    assert end.value.code == status
+
+
+def test_a_time_limit_that_is_none(data):
+    assert "'soon' is no time: write 9h, 8h30m" in ' '.join(fails(2, 'submit', '--data', data, '--time-limit', 'soon').split())
 
 
 def test_ctrl_c_ends_in_a_sentence():
@@ -264,14 +276,6 @@ def test_a_name_that_the_terminal_cannot_show():
     assert done.returncode == 0 and done.stdout == '0    gr\\xfcn\n', done.stderr
 
 
-def test_page_pictures_the_likeliest_fractures(data, bundle, tmp_path):
-    report = cli.submit(data, bundle=bundle, out=tmp_path / 's.csv')
-    first, second = report['study']
-    for uid, p in ((first, .1), (second, .9)): report['study'][uid]['probabilities']['patient_overall'] = p
-    html = Path(cli._page(tmp_path / 's.html', report, None, bundle, 'cpu', 1)).read_text(encoding='utf-8')
-    assert f'>{second}</a>' in html and f'>{first}</a>' not in html
-
-
 def test_page_of_a_submission_with_a_broken_study(data, bundle, tmp_path):
     """A folder of study folders without a test.csv; the one that cannot be read is on the page, with the reason."""
     folder = tmp_path / 'studies'
@@ -283,7 +287,7 @@ def test_page_of_a_submission_with_a_broken_study(data, bundle, tmp_path):
     cli.submit(folder, bundle=bundle, out=tmp_path / 's.csv', page=tmp_path / 's.html')
     assert len(pd.read_csv(tmp_path / 's.csv')) == 16
     html = (tmp_path / 's.html').read_text(encoding='utf-8')
-    assert html.count('data:image/png') == 1 and html.count('<li>') >= 1 and '1.2.3' in html
+    assert html.count('data:image/png') == 2 and html.count('<li>') >= 1 and '1.2.3' in html
     assert '<h3>neck</h3>' in html and good.name not in html   # as in the submission
 
 

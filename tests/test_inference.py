@@ -48,7 +48,7 @@ def test_the_answers_depend_on_the_pixels_and_are_the_same_again(pipeline, study
 
 def test_stage_1_is_used_when_no_labels_are_given(pipeline, study, monkeypatch):
     seen = []
-    def labels_of(models, preset, volume, device, coarse):
+    def labels_of(models, preset, volume, device, coarse, batch):
         seen.append((len(models), preset, device))
         return study.labels, .95
     monkeypatch.setattr(inference, 'find_labels', labels_of)

@@ -673,3 +673,29 @@ def test_a_gpu_that_cannot_compute_is_said_first(tmp_path, fake_reader, capsys):
     pipeline.device_note = "Tesla P100 cannot compute here: choose the accelerator GPU T4 x2"
     report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=pipeline)
     assert report["device_note"] == pipeline.device_note and pipeline.device_note in capsys.readouterr().out
+
+
+def test_who_is_pictured(tmp_path, fake_reader):
+    """The likeliest fractures; where the truth is known half of them, and those answered worst."""
+    uids = [f"1.{i}" for i in range(5)]
+    for uid, hu in zip(uids, (900, 800, 700, 600, 100)):
+        make(tmp_path / "data/test_images" / uid, hu=hu)
+    write_test_csv(tmp_path / "data", uids)
+    truth = pd.DataFrame(1, pd.Index(uids, name="StudyInstanceUID"), TARGETS)
+    truth.loc["1.3"] = 0
+    truth.to_csv(tmp_path / "truth.csv")
+    def pictured(**kw): return submit(tmp_path / "data", out=tmp_path / "s.csv", pipeline=FakePipeline(), **kw)["pictured"]
+    assert pictured(pictures=3) == uids[:3] and pictured() == []
+    assert pictured(pictures=3, truth=tmp_path / "truth.csv") == ["1.0", "1.1", "1.4"]
+    assert pictured(pictures=1, truth=tmp_path / "truth.csv") == ["1.0"] and sorted(pictured(pictures=9, truth=tmp_path / "truth.csv")) == uids
+
+
+def test_answers_unlike_those_out_of_fold_are_said():
+    from cspine_submission.report import _histograms
+    rng = np.random.default_rng(0)
+    expected = {t: list(rng.beta(1, 4, 300)) for t in TARGETS}
+    studies = {str(i): {"status": "predicted", "probabilities": {t: p if t != "C7" else 1 - p for t in TARGETS}} for i, p in enumerate(rng.beta(1, 4, 60))}
+    found = _histograms(studies, expected)
+    assert [t for t in TARGETS if found[t]["shifted"]] == ["C7"] and "higher than out of fold" in found["C7"]["shifted"]
+    assert sum(found["C1"]["counts"]) == 60 and sum(found["C1"]["expected"]) == pytest.approx(1, abs=0.01)
+    assert _histograms(studies, None)["C1"]["expected"] is None
