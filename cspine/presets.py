@@ -32,19 +32,25 @@ def progress(
     total:int|None=None,  # number of items; `len(iterable)` if it has one
     after:float=2,        # s, silence before the first line or the bar
     every:float=5,        # s, between plain lines
+    more=None,            # a function that gives what else is to be said, in words
 ):                        # a generator of the items
     "Loop with a bar on a terminal or in a notebook, with a plain line now and then in a log"
     if total is None and hasattr(iterable, '__len__'): total = len(iterable)
     if _watched(sys.stderr):
         from tqdm.std import tqdm
-        yield from tqdm(iterable, desc=desc, total=total, delay=after, file=sys.stderr)
+        with tqdm(desc=desc, total=total, delay=after, file=sys.stderr) as bar:
+            for item in iterable:
+                yield item
+                if more: bar.set_postfix_str(more(), refresh=False)
+                bar.update()
         return
     start,said,n = time.monotonic(),None,0
     for n,item in enumerate(iterable, 1):
         yield item
         t = time.monotonic() - start
         if t > after and (said is None or t-said >= every) and n != total:
-            left = f'/{total} ({100*n//total}%), {_clock(t/n*(total-n))} left' if total else ''
+            left = f'/{total} ({100*n//total}%), {_clock(t/n*(total-n))} left' if total and more is None else f'/{total}' if total else ''
+            if more: left += f', {more()}'
             print(f'{desc}: {n}{left}, {_clock(t)} so far', file=sys.stderr, flush=True)
             said = t
     t = time.monotonic() - start

@@ -172,19 +172,11 @@ def test_the_library_has_the_same_names(module, name):
     assert ours <= set(inspect.signature(getattr(importlib.import_module(f'cspine.{module}'), name)).parameters)
 
 
-def test_the_page_shows_the_likeliest_and_the_worst():
-    answer = {'a': .9, 'b': .8, 'c': .7, 'd': .05, 'e': .6}   # d is fractured, the others are as likely as they are said to be
-    answers = {u: dict.fromkeys(TARGETS, p) for u, p in answer.items()}
-    truth = pd.DataFrame({t: [1, 1, 1, 1] for t in TARGETS}, index=list('abcd'))
-    assert cli._pictured(answers, None, 3) == ['a', 'b', 'c']
-    assert cli._pictured(answers, truth, 3) == ['a', 'b', 'd'] and cli._pictured(answers, truth, 1) == ['a'] and cli._pictured(answers, truth, 0) == []
-    assert sorted(cli._pictured(answers, truth, 9)) == list('abcde')
-
-
 def test_the_page_says_a_note_once():
-    assert cli._notes(dict(reason='one; two', notes=['one', 'two', 'three'])) == ('one', 'two', 'three')
-    assert cli._notes(dict(reason='no slice; see there', notes=['one'])) == ('no slice; see there', 'one')
-    assert cli._notes(dict(reason='', notes=[])) == ()
+    from cspine_submission.page import _notes
+    assert _notes(dict(reason='one; two', notes=['one', 'two', 'three'])) == ('one', 'two', 'three')
+    assert _notes(dict(reason='no slice; see there', notes=['one'])) == ('no slice; see there', 'one')
+    assert _notes(dict(reason='', notes=[])) == ()
 
 
 def test_inspect(study, tmp_path):
