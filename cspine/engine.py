@@ -40,13 +40,16 @@ class _Tuple(nn.Module):
         out = self.net(list(x)) if self.listed else self.net(*x)
         return tuple(out) if isinstance(out, (list,tuple)) else (out,)
 
-def _version(net):
+def _version(tensors):
     "Changes with the weights"
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*net.parameters(), *net.buffers()))
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 class Compiled:
     "A network as OpenVINO computes it, compiled when it is first called; of `compiled`"
-    def __init__(self, net, any_size, cache): self.net,self.any_size,self.cache,self.made = net,any_size,cache,{}
+    def __init__(self, net, any_size, cache):
+        self.net,self.any_size,self.cache,self.made = net,any_size,cache,{}
+        self.weights = [*net.parameters(),*net.buffers()]   # to list them takes as long as a small network
+
     def __getstate__(self): return vars(self) | dict(made={})   # what is compiled belongs to this process
 
     def __call__(self,
@@ -56,7 +59,7 @@ class Compiled:
         listed = isinstance(x, (list,tuple))
         xs = list(x) if listed else [x]
         if self.net.training or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or any(t.device.type != 'cpu' or t.dtype != torch.float32 for t in xs): return self.net(x)
-        key,now = tuple(t.shape[1:2] if self.any_size else t.shape[1:] for t in xs),(_version(self.net), torch.get_num_threads())
+        key,now = tuple(t.shape[1:2] if self.any_size else t.shape[1:] for t in xs),(_version(self.weights), torch.get_num_threads())
         if self.made.get(key, (None,))[0] != now: self.made[key] = now,self._made(xs, listed)
         run = self.made[key][1]
         if run is None: return self.net(x)

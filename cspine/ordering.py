@@ -139,9 +139,11 @@ def order_levels(
     total = np.maximum(total, 1e-12)
     shares,cost = [],np.repeat(-count*np.log(DOUBT), p.shape[1]).reshape(-1, p.shape[1])   # of a level that nothing speaks for; few speak for any one
     for k in range(p.shape[1]):
-        i = np.flatnonzero(p[:,k])
+        i = np.flatnonzero(p[:,k] > 0)
         shares.append((i, own[i], p[i,k].astype(np.float32)/total[i]))
-        cost[:,k] -= np.bincount(own[i], np.log(np.maximum(shares[k][2], np.float32(DOUBT))/np.float32(DOUBT)), len(cells))
+        _,c,share = shares[k]
+        said = share > np.float32(DOUBT)
+        cost[:,k] -= np.bincount(c[said], np.log(share[said]/np.float32(DOUBT)), len(cells))
     cost *= part
     level = likeliest_levels(cost, cells, np.minimum(count*part, 1), CELL)
     has = np.eye(p.shape[1], dtype=bool)[level-1]

@@ -187,9 +187,12 @@ def on_own_grid(
     weights = [_axis_weights(m, n)[:,first+b.start:first+b.stop] for n,m,first,b in zip(shape, whole, corner, box)]
     reach = [_reach(w) for w in weights]
     weights = [w.to(p.device) for w in weights]
-    near = total > .5   # bone has a neighbour that is more than half full
-    there = (p > LEAST) & F.max_pool3d(near[None,None].float(), 3, 1, 1)[0].bool()
-    near,there = near.cpu().numpy(),there.cpu().numpy()
+    near = (total > .5).cpu().numpy()   # bone has a neighbour that is more than half full
+    about = near.copy()
+    for k in range(3):
+        to,by = np.moveaxis(about, k, 0),np.moveaxis(about.copy(), k, 0)
+        to[1:] |= by[:-1]; to[:-1] |= by[1:]
+    there = (p > LEAST).cpu().numpy() & about
 
     def rows(k, s):   # of the study's own grid, that see any of the samples in s
         first,last,(lo,hi) = reach[k]
