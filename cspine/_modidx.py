@@ -265,6 +265,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cspine.crops._Source.sha256': ('crops.html#_source.sha256', 'cspine/crops.py'),
                               'cspine.crops._begin': ('crops.html#_begin', 'cspine/crops.py'),
                               'cspine.crops._crop_job': ('crops.html#_crop_job', 'cspine/crops.py'),
+                              'cspine.crops._crop_worker': ('crops.html#_crop_worker', 'cspine/crops.py'),
                               'cspine.crops._each': ('crops.html#_each', 'cspine/crops.py'),
                               'cspine.crops._fields': ('crops.html#_fields', 'cspine/crops.py'),
                               'cspine.crops._files': ('crops.html#_files', 'cspine/crops.py'),

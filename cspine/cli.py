@@ -139,11 +139,12 @@ def crop_data_set(
     preset: Annotated[str | None, Option(metavar='NAME', help="Preset whose stage 2 says how to cut; without it, the bundle's own, or tiny.", show_default=False)] = None,
     workers: Annotated[int | None, Option(min=1, metavar='N', help='Processes; without it, one per core.', show_default=False)] = None,
     device: Device = None,
+    engine: Annotated[str, Option(metavar='local|ray', help='Where the studies are cut: on this machine, or by the workers of a Ray cluster (cspine[ray]).')] = 'local',
     view: Annotated[Path | None, Option(callback=_new_file, metavar='PNG', help='Contact sheet to write: slices of a few studies.', show_default=False)] = None,
 ):
     "Cut the vertebrae out of every study, once: what stage 2 trains on."
     from cspine.crops import crop_data_set
-    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view, detection=detection, masks=masks, model=model)
+    crops = crop_data_set(data, bundle, out, preset=preset, workers=workers, device=device, view=view, detection=detection, masks=masks, model=model, engine=engine)
     print(f'crops: {crops.folder}, {len(crops)} of {crops.made["studies"]} studies, {crops.bytes/1e6:.0f} MB')
     if view is not None: print(f'view: {view}')
     return crops

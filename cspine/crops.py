@@ -17,6 +17,7 @@ from .detection import predict_boxes
 from .dicom import DicomError,read_series,study_files
 from .presets import LEVELS,ClassificationPreset,CspineError,Preset,get_preset,progress
 from .rsna import find_studies,read_boxes,read_folds,read_mask,read_labels,validate_uid,write_whole
+from .cluster import map_on_ray
 from .segmentation import find_device,predict_labels
 
 # %% ../nbs/12_crops.ipynb #d3d4bf55
@@ -236,10 +237,12 @@ def crop_data_set(
     detection=None,      # run folder of YOLO trained beside that of stage 1, whose boxes cut; None: the label map's boxes, or those of the bundle's YOLO
     masks:bool=False,    # the masks in data/segmentations cut, and no bundle; a study without one is left out
     model:str=None,      # a key of `RIVALS['classification']`, which may want crops of its own; None: the preset's
+    engine:str='local',  # 'local': processes of this machine; 'ray': the workers of a Ray cluster, which see the same folders
 ) -> Crops:
     "The crops of a folder of studies on disk, made where they are not there yet; studies without a vertebra are named on stderr"
     data,out,device = Path(data).resolve(),Path(out).resolve(),str(find_device(device))   # the processes may have been begun in another folder
     if masks and not (bundle is None and detection is None): raise CspineError('either masks or networks cut the crops: leave out the masks, or the bundle and the detection run')
+    if engine not in ('local','ray'): raise CspineError(f'there is no engine {engine!r}: local or ray')
     truth = read_labels(data)
     source = _Source(data/'segmentations', 'masks', replace(get_preset(preset or 'tiny'), boxes='mask'), {}, None, {}) if masks else _source(bundle, detection)
     whole = source.preset if preset is None else replace(source.preset, classification=get_preset(preset).classification)
@@ -281,10 +284,13 @@ def crop_data_set(
     if jobs:
         _room(out, len(jobs), _each(kept, whole.classification), 'crop')
         n = min(workers or os.cpu_count() or 1, len(jobs))
-        from joblib import Parallel,delayed
-        calls = (delayed(_crop_job)(rows[u], studies[u], store.path(u), source, folds[u], whole, truth.loc[u, list(LEVELS)].to_numpy(bool), drawn.get(u), device, n > 1) for u in jobs)
+        calls = ((rows[u], studies[u], store.path(u), source, folds[u], whole, truth.loc[u, list(LEVELS)].to_numpy(bool), drawn.get(u), device, n > 1 or engine == 'ray') for u in jobs)
+        if engine == 'ray': done = map_on_ray(_crop_worker, (), calls, workers)
+        else:
+            from joblib import Parallel,delayed
+            done = Parallel(n, return_as='generator_unordered')(delayed(_crop_job)(*c) for c in calls)
         with open(out/'studies.csv', 'a', encoding='utf-8', newline='') as log:
-            for row in progress(Parallel(n, return_as='generator_unordered')(calls), 'cropping studies', len(jobs)):
+            for row in progress(done, 'cropping studies', len(jobs)):
                 log.write(_lines([row])); log.flush()
     store = Crops(out)
     if source.yolo:
@@ -365,3 +371,5 @@ def _crop_job(row, folder, path, source, folds, preset, fractured, drawn, device
     file = _pack(study)
     write_whole(path, file)
     return row | dict(vertebrae=str(study['present'].sum()), from_mask=' '.join(l for l,w in zip(LEVELS, where) if w == 'mask'), cut=' '.join(l for l,c in zip(LEVELS, study['cut']) if c), bytes=str(len(file)), sha256=hashlib.sha256(file).hexdigest())
+
+def _crop_worker(): return lambda call: _crop_job(*call)   # made once in each of Ray's workers
