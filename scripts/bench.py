@@ -8,19 +8,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import torch
 
+from cspine import classification
 from cspine.bundle import load_bundle
+from cspine.classification import CrackNetBiLSTM
+from cspine.cropping import boxes_from_labels, crop_planes, crop_vertebrae
 from cspine.dicom import Volume, read_series, write_series
+from cspine.engine import compiled, fastest
 from cspine.inference import Pipeline
 from cspine.oddities import write_odd
 from cspine.phantom import make_study
 from cspine.presets import get_preset
-from cspine.segmentation import build_segmentation, predict_labels
+from cspine.segmentation import build_segmentation, channels_last, predict_labels
 from cspine.windowing import WINDOWS, three_windows
 
 SLICES, RUNS = 300, 3
@@ -185,9 +190,137 @@ def segmenting(volume, slices=12):
         print(f'  {name:20}{t:6.2f} s   {n / t:4.0%}' + ('' if name == 'cspine' else f'   cspine {t / ours:5.2f} times as fast'), flush=True)
 
 
+def cpu_seconds(function, runs=2):
+    """Of all threads of this process, the least of some runs: what others do on the machine counts for little. And its answer."""
+    took = []
+    for _ in range(runs):
+        start = time.process_time()
+        out = function()
+        took.append(time.process_time() - start)
+    return min(took), out
+
+
+def plain_predict(folder, bundle):
+    """What a kernel would write over the same networks: pydicom, one study, float32, eager torch, nine maps on the scan's own grid."""
+    import torch.nn.functional as F
+
+    stage1, stage2, preset = bundle.segmentation[0], bundle.classification[0], bundle.preset
+    headers = sorted(map(pydicom.dcmread, folder.iterdir()), key=lambda d: -d.ImagePositionPatient[2])
+    hu = np.stack([(d.pixel_array * d.RescaleSlope + d.RescaleIntercept).astype(np.int16) for d in headers])
+    dz = headers[0].ImagePositionPatient[2] - headers[1].ImagePositionPatient[2]
+    spacing = (float(abs(dz)), *map(float, headers[0].PixelSpacing))
+    scan = torch.from_numpy(hu).float()[None, None]
+
+    def size(mm, k):
+        return [max(k, round(n * d / mm / k) * k) for n, d in zip(hu.shape, spacing)]
+
+    def windows(x):
+        return torch.stack([((x[:, 0] - (level - width / 2)) / width).clamp(0, 1) for width, level in WINDOWS], 1)
+
+    with torch.inference_mode():
+        low = stage1.low(windows(F.interpolate(scan, size(4, 8), mode='area'))).softmax(1)
+        fine = F.interpolate(scan, size(1, 8), mode='area')
+        coarse = F.interpolate(low, [n // 2 for n in fine.shape[2:]], mode='trilinear')
+        on = (low[0, 0] < .7).nonzero()
+        ratio = torch.tensor(fine.shape[2:]) / torch.tensor(low.shape[2:])
+        lo = ((on.amin(0) - 3).clamp(min=0) * ratio / 8).floor().int() * 8
+        hi = torch.minimum((((on.amax(0) + 4) * ratio / 8).ceil().int() * 8), torch.tensor(fine.shape[2:]))
+        box = tuple(slice(int(a), int(b)) for a, b in zip(lo, hi))
+        half = tuple(slice(b.start // 2, b.stop // 2) for b in box)
+        p = stage1.fine(windows(fine[(..., *box)]), coarse[(..., *half)]).softmax(1)
+        own = [(int(round(b.start * n / m)), int(round(b.stop * n / m))) for b, n, m in zip(box, hu.shape, fine.shape[2:])]
+        part = torch.cat([F.interpolate(q[None, None], [b - a for a, b in own], mode='trilinear')[0] for q in p[0]])
+        labels = np.zeros(hu.shape, np.uint8)
+        labels[tuple(slice(a, b) for a, b in own)] = part.argmax(0).byte().numpy()
+        volume = Volume(hu, np.diag([*spacing, 1.]), '1', [])
+        crops, present = crop_vertebrae(volume, boxes_from_labels(labels), preset.classification, labels)
+        x, there = torch.from_numpy(crop_planes(crops, None, preset.classification))[None], torch.from_numpy(present)[None]
+        return sum(stage2(v, there).logits[0].sigmoid() for v in (x, x.flip(-1))) / 2
+
+
+def sharing(volume, tmp):
+    """`tiny` on a 512 x 512 scan, one thread: which share the networks have, with and without the engine; times as fast as a plain loop."""
+    torch.set_num_threads(1)
+    folder = write_series(volume.hu, volume.affine, tmp / 'share')
+    bundle, inside = load_bundle(), [0.0]
+    pipeline = Pipeline(bundle, 'cpu')
+    name = pipeline.engine
+    stage1, stage2 = bundle.segmentation[0], bundle.classification[0]
+
+    def timed(net):
+        inner, forward = fastest(net), net.forward
+
+        def call(*inputs):
+            start = time.process_time()
+            out = inner(*inputs) if inner is not net else forward(*inputs)
+            inside[0] += time.process_time() - start
+            return out
+        return call
+
+    nets = {'stage 1, 4 mm': stage1.low, 'stage 1, 1 mm': stage1.fine.net, 'stage 2': stage2.encoder}
+    ours = {}
+    reading, scan = cpu_seconds(lambda: read_series(folder))
+    print(f'tiny, {volume.shape}, one thread, CPU seconds, the networks\' share (of stage 1 and the encoder, nothing about them); reading takes {reading:.2f} s more')
+    for engine in dict.fromkeys((name, 'torch')):
+        kept = {n: getattr(n, 'engine', None) for n in nets.values()}
+        for n in nets.values():
+            if engine == 'torch':
+                vars(n).pop('engine', None)
+        for n in nets.values():
+            n.engine = timed(n)
+        pipeline.predict(scan)
+        took = []
+        for _ in range(2):
+            inside[0], start = 0.0, time.process_time()
+            pipeline.predict(scan)
+            took.append((time.process_time() - start, inside[0]))
+        ours[engine], networks = min(took)
+        print(f'  {engine:20}{ours[engine]:6.2f} s   {networks / ours[engine]:4.0%}', flush=True)
+        for n in nets.values():
+            vars(n).pop('engine', None)
+            if kept[n] is not None:
+                n.engine = kept[n]
+    engines = {n: vars(n).pop('engine', None) for n in nets.values()}
+    classification.AT_ONCE, few = 10**9, classification.AT_ONCE
+    plain, _ = cpu_seconds(lambda: plain_predict(folder, bundle))
+    classification.AT_ONCE = few
+    for n, engine in engines.items():
+        if engine is not None:
+            n.engine = engine
+    print(f'  {"plain loop":20}{plain:6.2f} s   cspine ' + ', '.join(f'{plain / (reading + t):.2f} times as fast with {e}' for e, t in ours.items()), flush=True)
+
+
+def engines():
+    """Each network by torch, eager, as it is and channels last, and by the engine; the largest difference."""
+    tiny, paper = load_bundle(), get_preset('paper')
+    winner = replace(get_preset('best').classification, group=5, every=2, mask_channel=True, head='pooled', sampled=0)
+    torch.manual_seed(0)
+    stage1 = tiny.segmentation[0]
+    nets = {'tiny, stage 1, 4 mm': (stage1.low, True, (1, 3, 48, 48, 48)), 'tiny, stage 1, 1 mm': (stage1.fine.net, True, (1, 33, 64, 40, 44)),
+            'tiny, stage 2': (tiny.classification[0].encoder, False, (5, 3, 128, 128)), 'first place, stage 2': (CrackNetBiLSTM(winner).encoder, False, (3, 6, 256, 256)),
+            'paper, stage 1': (build_segmentation(paper.segmentation), False, (1, 3, 512, 512)), 'paper, stage 2': (CrackNetBiLSTM(paper.classification).encoder, False, (1, 30, 256, 256))}
+    print('one pass by torch (eager; channels last) and by the engine: CPU seconds, engine over torch, largest difference over the largest answer')
+    for name, (net, any_size, shape) in nets.items():
+        net.eval()
+        x, fast = torch.rand(shape), compiled(net, any_size)
+
+        def last(t):
+            return t[-1] if isinstance(t, (list, tuple)) else t
+
+        with torch.inference_mode():
+            for f in (net, fast):
+                f(x)
+            eager, want = cpu_seconds(lambda: last(net.to(memory_format=torch.contiguous_format)(x)))
+            there, got = cpu_seconds(lambda: last(fast(x)))
+            near, _ = cpu_seconds(lambda: net(channels_last(x)))
+        print(f'  {name:22}{eager:6.2f} {near:6.2f} {there:6.2f} s   {there / eager:4.2f}   {(got - want).abs().max() / want.abs().max():.0e}', flush=True)
+
+
 if __name__ == '__main__':
     study = make_study(90000, size=512).volume
     with tempfile.TemporaryDirectory() as tmp:
         reading(study, Path(tmp))
+        sharing(make_study(90000, size=512, scan=dict(dz=.5565)).volume, Path(tmp))   # 300 slices
+    engines()
     predicting(study)
     segmenting(study)

@@ -239,3 +239,26 @@ def test_contact_is_measured_in_mm(spacing):
         box(labels, 4, (6,30,6), (6+wide,36,6+wide))
         box(labels, 5, (6,36,6), (18,48,18))
         assert (seg.clean_labels(labels, spacing)[tuple(slice(i, j) for i,j in zip(n(6,36,6), n(18,48,18)))] == level).all()
+
+@pytest.mark.parametrize('dz,n', [(1., 9), (.5, 5), (4., 25)])
+def test_in_a_hurry_a_2d_network_reads_a_slice_every_3_mm(dz, n):
+    "What lies between is interpolated: a cone comes out as it went in, to within a slice"
+    class Bone(torch.nn.Module):
+        "Class 2 where the spine-bone window is more than half full"
+        def __init__(self):
+            super().__init__()
+            self.used,self.seen = torch.nn.Conv2d(1, 1, 1),0
+        def forward(self, x):
+            self.seen += len(x)
+            out = torch.full((len(x),9,*x.shape[2:]), -9.)
+            out[:,0],out[:,2] = 0,(x[:,2]-.5)*50
+            return out
+    z,y,x = np.indices((25,64,64))
+    hu = np.where(np.hypot(y-32, x-32) < 8+z/2, 1000, 0).astype(np.int16)
+    scan,net,preset = Scan(hu, (dz,1.,1.)),Bone(),replace(PAPER, size=64)
+    whole = seg.find_labels([net], preset, scan)[0] > 0
+    net.seen = 0
+    quick = seg.find_labels([net], preset, scan, coarse=True)[0] > 0
+    assert net.seen == n
+    assert 2*(quick & whole).sum()/(quick.sum()+whole.sum()) > .96
+    assert quick[[0,-1]].sum() == whole[[0,-1]].sum() > 0
