@@ -98,7 +98,7 @@ class FakePipeline:
         )
 
 
-def pipeline(bundle, device, threads):
+def pipeline(bundle, device, threads, cache):
     """Made in a predictor process instead of cspine_submission.predicting:pipeline; a bundle named broken cannot be loaded."""
     from cspine_submission.predicting import answer
 

@@ -401,6 +401,7 @@ def test_the_real_reader_and_pipeline(tmp_path, capsys):
     ({"time_limit": "soon"}, "'soon' is no time: write 9h"),
     ({"max_failed": 2}, "max_failed is a share"),
     ({"engine": "abacus"}, "no engine 'abacus'"),
+    ({"device": "abacus"}, "no device 'abacus': cpu, cuda"),
     ({"out": "."}, "is a folder"),
     ({"data": "nowhere"}, "is not a folder"),
 ])
@@ -699,3 +700,17 @@ def test_answers_unlike_those_out_of_fold_are_said():
     assert [t for t in TARGETS if found[t]["shifted"]] == ["C7"] and "higher than out of fold" in found["C7"]["shifted"]
     assert sum(found["C1"]["counts"]) == 60 and sum(found["C1"]["expected"]) == pytest.approx(1, abs=0.01)
     assert _histograms(studies, None)["C1"]["expected"] is None
+
+
+def test_what_an_earlier_run_left_out_is_asked_for_again(tmp_path):
+    """Label maps and evidence of studies that are known without; and the engine's cache lies beside the run."""
+    bundle = random_bundle(tmp_path / "bundle")
+    scans = phantom(tmp_path / "data", train=0, test=1, size=64, seed=31, workers=1, odd=0) / "test_images"
+    def run(**kw): return submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu", **kw)
+    assert run()["reused"] == 0 and run()["reused"] == 1
+    report = run(labels=tmp_path / "labels")
+    [study] = report["study"].values()
+    assert report["reused"] == 0 and Path(study["labels"]).parent == tmp_path / "labels" and not [n for n in study["notes"] if "could not be made" in n]
+    assert run(labels=tmp_path / "labels")["reused"] == 1
+    Path(study["labels"]).unlink()
+    assert run(labels=tmp_path / "labels")["reused"] == 0

@@ -17,9 +17,9 @@ STUDY_GB = 3.0  # of memory that one predictor on a CPU takes, with the largest 
 class Local:
     """Predicts studies as they come; each is killed when it takes too long, and what died begins anew."""
 
-    def __init__(self, bundle, device, pipeline, workers, timeout, clock):
+    def __init__(self, bundle, device, pipeline, workers, timeout, clock, cache=None):
         self.bundle, self.device, self.timeout, self.clock = bundle, device, timeout, clock
-        self.workers, self.pipeline = workers, pipeline
+        self.workers, self.pipeline, self.cache = workers, pipeline, cache
         self.predictors, self.facts, self.lost = [], None, ""  # lost: why no predictor is left
         self.changed = threading.Condition()
         self.active = self.allowed = 0
@@ -32,7 +32,7 @@ class Local:
             cores = _cores()
             self.many = max(1, min(cores, int(_memory_gb() // STUDY_GB)))
             self.threads = max(1, cores // self.many)
-            self.predictors = [process(self.bundle, self.device, self.threads)]
+            self.predictors = [process(self.bundle, self.device, self.threads, self.cache)]
         self.facts = self.predictors[0].start(max(1, self.clock.time_to_work()) if self.clock.limit < 300 else 300)
         return self.facts
 
@@ -41,7 +41,7 @@ class Local:
         if self.pipeline is None:
             devices = self.facts["devices"] if self.facts["device"] != "cpu" else ["cpu"] * min(self.many, len(todo))
             begun = [p for p in self.predictors[:1] if not p.closed]
-            self.predictors = begun + [process(self.bundle, d, self.threads) for d in devices[len(begun):]]
+            self.predictors = begun + [process(self.bundle, d, self.threads, self.cache) for d in devices[len(begun):]]
         self.clock.at_once = len(self.predictors)
         done, jobs, stop = queue.SimpleQueue(), queue.Queue(maxsize=1), threading.Event()
         waiting, self.active = set(todo), len(self.predictors)
@@ -158,9 +158,10 @@ class Local:
                     break
             if broken:  # a process that died has ended already; one whose GPU broke has not
                 predictor.close()
-                device = predictor.args[1] if hasattr(predictor, "args") else None
-                self.predictors[i] = process(self.bundle, device if not getattr(predictor, "again", False) else "cpu", self.threads) if self.pipeline is None else predictor
-                self.predictors[i].again = True
+                if self.pipeline is None:
+                    device = "cpu" if getattr(predictor, "again", False) else predictor.args[1]
+                    self.predictors[i] = process(self.bundle, device, self.threads, self.cache)
+                    self.predictors[i].again = True
         return {**study, "failed": study["reason"], "ours": True}
 
     def _fewer(self):

@@ -12,12 +12,12 @@ PREDICTED, NO_SPINE, STOOD_IN = "predicted", "no cervical spine", "prior"
 PIPELINE = "cspine_submission.predicting:pipeline"  # what a predictor process makes
 
 
-def pipeline(bundle, device, threads):
+def pipeline(bundle, device, threads, cache):
     """What a predictor process says of itself, and what it answers with."""
     from cspine.inference import EFFORTS, Pipeline
     from cspine.segmentation import find_devices
 
-    made = Pipeline(bundle, device=device, threads=threads)
+    made = Pipeline(bundle, device=device, threads=threads, cache=cache)
     b = made.bundle
     expected = getattr(b, "expected", None)
     facts = {
@@ -71,9 +71,9 @@ class Thread:
         """A thread cannot be ended; it is a daemon."""
 
 
-def process(bundle, device, threads):
-    """A predictor in a process of its own."""
-    return Child(PIPELINE, None if bundle is None else str(bundle), device, threads, doing="predicting")
+def process(bundle, device, threads, cache=None):
+    """A predictor in a process of its own; `cache`: where it keeps what its engine has compiled."""
+    return Child(PIPELINE, str(bundle), device, threads, None if cache is None else str(cache), doing="predicting")
 
 
 def answer(pipeline, volume, prior, effort=0, evidence=False, picture=None, labels=None):
@@ -83,7 +83,7 @@ def answer(pipeline, volume, prior, effort=0, evidence=False, picture=None, labe
     wants a view; it comes back as bytes under 'view'. `labels`: (folder, uid, study) of a label map to write.
     """
     try:
-        prediction, spared = _predict(pipeline, volume, effort, evidence)
+        prediction, spared = _predict(pipeline, volume, effort, evidence or (picture is not None and _evidence_is_free(pipeline)))
         p = {t: float(prediction.probabilities[t]) for t in TARGETS}
         odd = [f"{t} = {v}" for t, v in p.items() if not 0 <= v <= 1]  # also true of nan
         if odd:
@@ -116,6 +116,12 @@ def stand_in(prior, reason, volume=None):
     notes = [] if volume is None else [str(n) for n in volume.notes]
     slices = None if volume is None else int(volume.shape[0])
     return {"status": STOOD_IN, "reason": reason, "notes": notes, "slices": slices, "probabilities": dict(prior), "steps": {}}
+
+
+def _evidence_is_free(pipeline):
+    # cells are looked at in any case; Grad-CAM asks for a second pass, of those studies alone that get a picture
+    members = getattr(getattr(pipeline, "bundle", None), "members", [])
+    return bool(members) and all(m.preset.head == "cells" for m in members if m.weight)
 
 
 def _has_yolo(pipeline):
@@ -180,4 +186,5 @@ def _write_labels(volume, prediction, labels):
     from cspine.labelmaps import write_study_labels
 
     folder, uid, study = labels
-    return {"labels": str(write_study_labels(folder, uid, prediction.labels, volume, study))}
+    path, notes = write_study_labels(folder, uid, prediction.labels, volume, study)
+    return {"labels": str(path), "label_notes": notes}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from cspine_submission import clock as times
 from cspine_submission.child import Failed
 from cspine_submission.local import Local
 from cspine_submission.parts import Parts, model_stamp
-from cspine_submission.predicting import STOOD_IN, stand_in
+from cspine_submission.predicting import PREDICTED, STOOD_IN, stand_in
 from cspine_submission.report import report_of, said
 
 WRITE_EVERY = 2.0  # s between two submissions on disk, at least
@@ -53,6 +54,8 @@ def submit(
     with _writing(out):
         if out.is_dir():
             raise CspineError(f"{out} is a folder; out takes the CSV file to write")
+    if device is not None and not re.fullmatch(r"cpu|mps|xpu|cuda(:\d+)?", str(device)):
+        raise CspineError(f"there is no device {device!r}: cpu, cuda, cuda:1 or mps; or leave it out")
     if pipeline is None:
         bundle = _named(bundle)
     bad, twice = {}, {}
@@ -63,11 +66,11 @@ def submit(
     folders = find_studies(data, "test", twice)
     with _writing(out):
         parts = Parts(out, rows, model_stamp(bundle if pipeline is None else getattr(getattr(pipeline, "bundle", None), "path", None)), resume)
-    run = Run(rows, bad, twice, folders, out, parts, clock, answers, pictures, _prior(bundle, pipeline))
+    run = Run(rows, bad, twice, folders, out, parts, clock, answers, pictures, _prior(bundle, pipeline), evidence, labels)
     with _writing(out):
         run.write(now=True)  # complete and valid from here on
     if run.todo or run.blank():
-        with _stoppable() as stopped, _engine(engine, bundle, device, pipeline, workers, timeout, clock) as work:
+        with _stoppable() as stopped, _engine(engine, bundle, device, pipeline, workers, timeout, clock, parts.folder / "engine") as work:
             run.work(work, evidence, labels)
             run.repicture(work)
         run.stopped = stopped[0] if stopped else None
@@ -88,7 +91,7 @@ def submit(
 class Run:
     """What is known of each row and study so far, and the file that says it."""
 
-    def __init__(self, rows, bad, twice, folders, out, parts, clock, truth, pictures, prior):
+    def __init__(self, rows, bad, twice, folders, out, parts, clock, truth, pictures, prior, evidence, labels):
         self.rows, self.folders, self.out, self.parts, self.clock = rows, folders, out, parts, clock
         self.truth, self.pictures, self.facts, self.stopped, self.lost = truth, pictures, {}, None, ""
         self.prior, self.written, self.took = prior, -math.inf, 0.0
@@ -98,7 +101,7 @@ class Run:
         for uid in dict.fromkeys(rows["StudyInstanceUID"]):
             if uid in folders:
                 known = parts.load(uid, folders[uid])
-                if known is None or (known.get("effort") and clock.limit == math.inf):
+                if known is None or self._less(known, evidence, labels):
                     self.todo.append(uid)
                 else:
                     self.studies[uid] = known
@@ -107,6 +110,14 @@ class Run:
                 self.answer(uid, {"failed": wrong.get(uid, "no folder for it in test_images")})
         if self.reused:
             print(f"reusing {self.reused} of {len(self.studies) + len(self.todo)} studies from {parts.folder}", flush=True)
+
+    def _less(self, known, evidence, labels):
+        """Is what an earlier run found less than what is asked for now?"""
+        return (
+            (known.get("effort") and self.clock.limit == math.inf)
+            or (labels is not None and not Path(known.get("labels", "")).is_file())
+            or (evidence and known["status"] == PREDICTED and "looked" not in known)
+        )
 
     @property
     def reused(self):
@@ -255,12 +266,12 @@ def _prior(bundle, pipeline):
 
 
 @contextmanager
-def _engine(name, bundle, device, pipeline, workers, timeout, clock):
+def _engine(name, bundle, device, pipeline, workers, timeout, clock, cache):
     if name == "ray":
         from cspine_submission.on_ray import OnRay
         work = OnRay(bundle, device, timeout, clock)
     else:
-        work = Local(bundle, device, pipeline, workers, timeout, clock)
+        work = Local(bundle, device, pipeline, workers, timeout, clock, cache)
     try:
         yield work
     finally:
