@@ -468,7 +468,7 @@ def test_every_field_that_decides_is_looked_at():
     want = crop_study(study.volume, study.labels, base)
     other = dict(encoder='resnet18', pretrained=False, decoder_channels=(16, 8, 8, 8, 8), slices=8, size=48, margin_mm=9., window=(900, 300), tilt=True, isolate=True,
                  group=6, every=6, along='slices', mask_channel=True, head='pooled', sampled=3, slice_loss=.5, cell_loss=.1, frozen=1, loss='bce', balance=.5, mixup=.2, classes=3, hidden=8, layers=1, patient='noisy_or', mask_loss=.3, dropout=.5, augment='none', epochs=7, batch=3,
-                 lr=1e-5, weight_decay=.5, ema=.5)
+                 lr=1e-5, weight_decay=.5, ema=.5, mirror=False)
     assert set(other) == set(base.__dataclass_fields__)
     for field, value in other.items():
         assert getattr(base, field) != value

@@ -296,8 +296,9 @@ def test_a_member_that_says_what_is_no_number_leaves_the_answer_to_the_others(ru
     assert p.probabilities['C1'] == pytest.approx(b.prior['C1']) and 'C1 came out as not a number: the prior stands in' in p.notes[-1]
 
 
-def test_one_model_answers_as_ever(runs, tmp_path, study):
-    """To the last bit what one model of stage 2 answered before there were ensembles, with the keys of a bundle of now and of then."""
+def test_one_model_answers_as_ever(runs, tmp_path, study, monkeypatch):
+    """By torch, to the last bit what one model of stage 2 answered before there were ensembles, with the keys of a bundle of now and of then."""
+    monkeypatch.setattr(inference, 'accelerate', lambda *a: 'torch')
     out = bundle([runs['seg'], runs['plain']], tmp_path/'b')
     b = load_bundle(out)
     boxes, cls = boxes_from_labels(study.labels), b.preset.classification

@@ -14,7 +14,8 @@ from cspine.dicom import Volume, write_series
 from cspine.inference import Pipeline
 from cspine.phantom import make_study
 from cspine.presets import LEVELS, TARGETS, CspineError
-from cspine.report import (COLOURS, Entry, entry, facts, inspect, midsagittal, orientation, png_bytes, report_page, show_planes,
+from cspine.view import midsagittal
+from cspine.report import (COLOURS, Entry, entry, facts, inspect, orientation, png_bytes, report_page, show_planes,
                            show_study, study_page)
 from cspine.rsna import score
 from PIL import Image
