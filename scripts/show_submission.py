@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom import dcmread
-from pydicom.uid import JPEG2000Lossless, MPEG2MPML
+from pydicom.uid import JPEG2000Lossless, ExplicitVRLittleEndian, MPEG2MPML
 
 
 def slices(folder):
@@ -53,10 +53,19 @@ def noise(folder):
         p.write_bytes(rng.bytes(2000))
 
 
-def syntax(uid):
-    def change(ds):
-        ds.file_meta.TransferSyntaxUID = uid
-    return change
+def syntax(folder, uid):
+    """Say that the pixels are stored otherwise than they are: the file's own bytes, with another UID of the same length."""
+    for path in slices(folder):
+        ds = dcmread(path)
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.save_as(path)
+        new, head = str(uid).encode(), path.read_bytes()
+        i = head.index(b"\x02\x00\x10\x00UI") + 8   # tag, kind, two bytes of length
+        length = struct.unpack("<H", head[i - 2 : i])[0]
+        body = head[i + length :]
+        new += b"\0" * (len(new) % 2)
+        size = struct.unpack("<I", head[140:144])[0] + len(new) - length
+        path.write_bytes(head[:140] + struct.pack("<I", size) + head[144 : i - 2] + struct.pack("<H", len(new)) + new + body)
 
 
 def tags(**kw):
@@ -93,8 +102,8 @@ BROKEN = {
     "MR": lambda f: edit(f, tags(Modality="MR", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")),
     "a scout": lambda f: edit(f, tags(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), keep=1),
     "no pixels": lambda f: edit(f, lambda ds: ds.pop("PixelData", None)),
-    "a film as transfer syntax": lambda f: edit(f, syntax(MPEG2MPML)),
-    "raw pixels called JPEG 2000": lambda f: edit(f, syntax(JPEG2000Lossless)),
+    "a film as transfer syntax": lambda f: syntax(f, MPEG2MPML),
+    "raw pixels called JPEG 2000": lambda f: syntax(f, JPEG2000Lossless),
     "no rows": lambda f: edit(f, tags(Rows=0)),
     "more rows than pixels": lambda f: edit(f, tags(Rows=60000, Columns=60000)),
     "colour": lambda f: edit(f, tags(SamplesPerPixel=3, PhotometricInterpretation="RGB", BitsAllocated=8, BitsStored=8, HighBit=7)),
@@ -105,13 +114,19 @@ BROKEN = {
 }
 
 
+def plainly_stored(folder):
+    """Are its slices uncompressed files, so that they can be changed without a codec?"""
+    first = slices(folder)[0] if folder.is_dir() else None
+    return first is not None and not dcmread(first, force=True, stop_before_pixels=True).file_meta.TransferSyntaxUID.is_compressed
+
+
 def broken(data):
     """Break a study in each way, spread over the data set; notes which in broken.json."""
     images = data / "test_images"
     uids = sorted(p.name for p in images.iterdir())
     step, done = len(uids) // len(BROKEN), {}
     for i, (name, break_it) in enumerate(BROKEN.items()):
-        uid = uids[i * step]
+        uid = next(u for u in uids[i * step :] if plainly_stored(images / u))
         break_it(images / uid)
         done[uid] = name
     (data / "broken.json").write_text(json.dumps(done, indent=1))
