@@ -615,6 +615,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cspine.presets._fits': ('presets.html#_fits', 'cspine/presets.py'),
                                 'cspine.presets._near': ('presets.html#_near', 'cspine/presets.py'),
                                 'cspine.presets._plain': ('presets.html#_plain', 'cspine/presets.py'),
+                                'cspine.presets._tell': ('presets.html#_tell', 'cspine/presets.py'),
                                 'cspine.presets._watched': ('presets.html#_watched', 'cspine/presets.py'),
                                 'cspine.presets.get_preset': ('presets.html#get_preset', 'cspine/presets.py'),
                                 'cspine.presets.presets': ('presets.html#presets', 'cspine/presets.py'),

@@ -233,7 +233,11 @@ def submit(
     if truth is not None:
         s = score(truth, report['path'])
         print(f"score: {s['score']:.4f} (best constant {s['best_constant']:.4f}); {versus_constant(s)}")
-    if page is not None: print(f'page: {submission_page(report, page, truth)}')
+    try:
+        if page is not None: print(f'page: {submission_page(report, page, truth)}')
+    except Exception as e:
+        if not report['alarm']: raise
+        print(f'cspine: no page: {_sentence(e)}', file=sys.stderr)
     if report['alarm']: raise Exit(3)
     return report
 

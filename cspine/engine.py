@@ -95,7 +95,9 @@ class Compiled:
         else:
             net = _converted(torch_net, probe)
             net.reshape({i:ov.PartialShape([-1, t.shape[1], *([-1]*(t.dim()-2) if self.any_size else t.shape[2:])]) for i,t in enumerate(probe)})
-            if path is not None: _save(ov, net, path)
+            if path is not None:
+                try: _save(ov, net, path)
+                except (OSError,RuntimeError) as e: warnings.warn(f'{path} cannot be kept for the next time ({" ".join(str(e).split())[:100]})')
         return core.compile_model(net, 'CPU', dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=torch.get_num_threads(), NUM_STREAMS=1, ENABLE_CPU_PINNING=False))
 
 def _answers(run, xs):

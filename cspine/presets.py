@@ -26,6 +26,10 @@ def _watched(stream):
 
 def _clock(s): return f'{int(s)//60}:{int(s)%60:02d}'
 
+def _tell(line):
+    try: print(line, file=sys.stderr, flush=True)
+    except OSError: return   # a terminal that is gone, a log on a full disk: no reason to end the work
+
 def progress(
     iterable,             # what to loop over
     desc:str,             # what is being done, in words
@@ -51,10 +55,10 @@ def progress(
         if t > after and (said is None or t-said >= every) and n != total:
             left = f'/{total} ({100*n//total}%), {_clock(t/n*(total-n))} left' if total and more is None else f'/{total}' if total else ''
             if more: left += f', {more()}'
-            print(f'{desc}: {n}{left}, {_clock(t)} so far', file=sys.stderr, flush=True)
+            _tell(f'{desc}: {n}{left}, {_clock(t)} so far')
             said = t
     t = time.monotonic() - start
-    if t > after: print(f'{desc}: {n} done in {_clock(t)}', file=sys.stderr, flush=True)
+    if t > after: _tell(f'{desc}: {n} done in {_clock(t)}')
 
 # %% ../nbs/00_presets.ipynb #21d36590
 @dataclass(frozen=True)

@@ -52,11 +52,19 @@ def read_table(
     def fault(line, what):
         if bad is None: raise wrong(line, what) from None
         bad.setdefault(line, what)
-    try: text = path.read_text(encoding='utf-8-sig')
+    try: text = path.read_bytes().decode('utf-8-sig')
     except FileNotFoundError: raise TableError(f'{path} does not exist') from None
-    except UnicodeDecodeError as e: raise TableError(f'{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as CSV UTF-8') from None
+    except UnicodeDecodeError as e:
+        if bad is None: raise TableError(f'{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as CSV UTF-8') from None
+        text = path.read_bytes().decode('latin-1')   # each byte a letter: the rows in question are odd, the others are not
     except OSError as e: raise TableError(f'{path} cannot be read: {e.strerror}') from None
-    reader = csv.reader(io.StringIO(text), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=''), strict=True)
+    if bad is not None:
+        try:
+            for _ in reader: continue
+            reader = csv.reader(io.StringIO(text, newline=''), strict=True)
+        except csv.Error:                        # a stray quote, which could take all lines after it along
+            reader = csv.reader(io.StringIO(text.replace('"', ''), newline=''), quoting=csv.QUOTE_NONE)
     header,line = None,1
     try:
         for row in reader:

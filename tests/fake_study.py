@@ -54,6 +54,8 @@ def read_below(folder):
 class FakePipeline:
     """Answers hu / 1000 for every target, or fails as the study says."""
 
+    device = "cpu"
+
     def __init__(self, bundle=None):
         self.seen, self.asked, self.oom = [], [], 0
         self.bundle = None if bundle is None else SimpleNamespace(path=bundle, prior=pd.Series(0.25, index=TARGETS))
@@ -76,7 +78,7 @@ class FakePipeline:
             time.sleep(60)
         if how == "memory" or (how == "memory once" and self.seen.count(volume.uid) == 1):
             raise MemoryError
-        if how == "crash":
+        if how == "crash" or (how == "crash on gpu" and self.device != "cpu"):
             os.kill(os.getpid(), signal.SIGSEGV)
         if how == "out of memory killer":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -104,10 +106,19 @@ def pipeline(bundle, device, threads, cache):
 
     if bundle and Path(bundle).name == "broken":
         raise CspineError("the weights are not the file that was bundled")
+    kind = Path(bundle).name
+    if kind == "second_fails":
+        first = Path(bundle) / "first"
+        if first.exists():
+            raise MemoryError("no room for a second one")
+        first.touch()
+    if kind == "full_gpu" and device != "cpu":
+        raise RuntimeError("CUDA out of memory")
     made = FakePipeline(Path(bundle))
     facts = {"device": device or "cpu", "note": "", "devices": ["cpu"], "folds": (1, 1), "card": {}, "expected": None}
     if Path(bundle).name == "gpus":
         facts |= {"device": device or "cuda:0", "devices": ["cuda:0", "cuda:1"]}
+        made.device = facts["device"]
 
     def work(question):
         study = answer(made, **question)

@@ -676,6 +676,17 @@ def test_bad_rows_are_kept_where_they_are_asked_for(tmp_path):
         assert bad[row].startswith(says), bad
 
 
+@pytest.mark.parametrize("spoilt", [b'"1.2_C2,1.2,C2', b'1.2_C2,"1.2"x,C2', "1.2_C2,1.2,C\xfc".encode("latin-1")])
+def test_a_stray_quote_or_letter_costs_its_row_at_most(tmp_path, spoilt):
+    (tmp_path / "test.csv").write_bytes(b"\n".join([b"row_id,StudyInstanceUID,prediction_type", b'"1.2_C1","1.2","C1"', spoilt, b"1.2_C3,1.2,C3"]))
+    with pytest.raises(TableError):
+        test_rows(tmp_path)
+    bad = {}
+    rows = test_rows(tmp_path, bad)
+    assert rows["row_id"].tolist() == ["1.2_C1", "1.2_C2", "1.2_C3"] and set(bad) <= {"1.2_C2"}
+    assert rows["StudyInstanceUID"].tolist()[::2] == ["1.2", "1.2"]
+
+
 def test_of_a_study_that_is_there_twice_the_folder_is_answered(tmp_path):
     (tmp_path / "test_images" / "1.2").mkdir(parents=True)
     (tmp_path / "test_images" / "1.2.nii").touch()

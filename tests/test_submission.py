@@ -188,7 +188,7 @@ def test_volumes_are_read_ahead_but_not_all_at_once(tmp_path, fake_reader):
             asked.append(f)
             yield f.name, f
 
-    volumes = reading.read_ahead(ask(), 2, 60)
+    volumes = reading.read_ahead(ask(), reading.readers(2), 60)
     got = [next(volumes)]
     assert len(asked) == 2
     got += volumes
@@ -198,7 +198,7 @@ def test_volumes_are_read_ahead_but_not_all_at_once(tmp_path, fake_reader):
 def test_a_study_that_hangs_holds_up_no_other(tmp_path, fake_reader):
     for i in range(4):
         make(tmp_path / f"1.{i}", seconds=3 if i == 0 else 0)
-    order = [key for key, _, _ in reading.read_ahead([(f"1.{i}", tmp_path / f"1.{i}") for i in range(4)], 2, 60)]
+    order = [key for key, _, _ in reading.read_ahead([(f"1.{i}", tmp_path / f"1.{i}") for i in range(4)], reading.readers(2), 60)]
     assert order[-1] == "1.0"
 
 
@@ -336,7 +336,7 @@ def test_no_reader_is_left_behind(tmp_path, fake_reader, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(child.subprocess, "Popen", spy)
-    volumes = reading.read_ahead([(i, tmp_path / f"1.{i}") for i in range(3)], 2, 60)
+    volumes = reading.read_ahead([(i, tmp_path / f"1.{i}") for i in range(3)], reading.readers(2), 60)
     next(volumes)
     while len(started) < 2:
         time.sleep(0.05)
@@ -413,7 +413,7 @@ def test_usage_errors_come_before_any_work(tmp_path, wrong, says):
     assert pipeline.seen == []
 
 
-@pytest.mark.parametrize("out, why", [("scans/1.2/1.dcm/s.csv", "Not a directory"), ("x" * 300 + ".csv", "File name too long")])
+@pytest.mark.parametrize("out, why", [("scans/1.2/1.dcm/s.csv", "(Not a directory|File exists)"), ("x" * 300 + ".csv", "File name too long")])
 def test_a_place_where_nothing_can_be_written(tmp_path, out, why):
     make(tmp_path / "scans/1.2")
     pipeline = FakePipeline()
@@ -714,3 +714,136 @@ def test_what_an_earlier_run_left_out_is_asked_for_again(tmp_path):
     assert run(labels=tmp_path / "labels")["reused"] == 1
     Path(study["labels"]).unlink()
     assert run(labels=tmp_path / "labels")["reused"] == 0
+
+
+def test_a_gpu_that_fails_one_study_is_tried_again_with_the_next(tmp_path, processes, monkeypatch):
+    """The first answers on the CPU what kills the GPU twice; a GPU that fails two studies in a row is left alone."""
+    gpus = make_bundle(tmp_path / "gpus")
+    scans(tmp_path, _1_0=dict(predict="crash on gpu"), **{f"_1_{i}": dict(work=0.2) for i in range(1, 6)})
+    report = submit_here(tmp_path, gpus)
+    assert report["counts"] == {"predicted": 6}
+    assert report["study"]["1.0"]["device"] == "cpu" and "cuda:" in report["study"]["1.0"]["notes"][-1] and "predicted on the CPU" in report["study"]["1.0"]["notes"][-1]
+    assert {s["device"] for u, s in report["study"].items() if u != "1.0"} == {"cuda:0", "cuda:1"}
+    shutil.rmtree(tmp_path / "scans")
+    scans(tmp_path, **{f"_2_{i}": dict(predict="crash on gpu") for i in range(6)})
+    report = submit_here(tmp_path, gpus)
+    assert report["counts"] == {"predicted": 6} and {s["device"] for s in report["study"].values()} == {"cpu"}
+    assert sum("predicted on the CPU" in "".join(s["notes"]) for s in report["study"].values()) <= 4  # two for each GPU
+
+
+def test_a_study_that_always_crashes_costs_no_gpu(tmp_path, processes):
+    scans(tmp_path, _1_0=dict(predict="crash"), **{f"_1_{i}": dict(work=0.3) for i in range(1, 6)})
+    report = submit_here(tmp_path, make_bundle(tmp_path / "gpus"))
+    assert report["study"]["1.0"]["status"] == "prior" and {s["device"] for u, s in report["study"].items() if u != "1.0"} == {"cuda:0", "cuda:1"}
+
+
+def test_a_predictor_that_cannot_start_leaves_its_study_to_the_others(tmp_path, processes):
+    scans(tmp_path, **{f"_1_{i}": dict(work=0.2) for i in range(5)})
+    report = submit_here(tmp_path, make_bundle(tmp_path / "second_fails"))
+    assert report["counts"] == {"predicted": 5} and not report["alarm"]
+
+
+def test_where_the_gpu_has_no_room_for_the_bundle_the_cpu_computes(tmp_path, processes, capsys):
+    scans(tmp_path, _1_0={}, _1_1={})
+    report = submit_here(tmp_path, make_bundle(tmp_path / "full_gpu"))
+    assert report["counts"] == {"predicted": 2} and report["device"] == "cpu" and "the CPU computes instead" in report["device_note"]
+    scans(tmp_path, _1_2={})
+    report = submit_here(tmp_path, tmp_path / "full_gpu", device="cuda:0")  # who names a device gets that one or a sentence
+    assert report["study"]["1.2"]["status"] == "prior" and "out of memory" in report["study"]["1.2"]["reason"]
+
+
+def test_memory_short_in_all_predictors_at_once_waits_for_nobody(tmp_path, processes, monkeypatch):
+    monkeypatch.setattr(local, "_cores", lambda: 3)
+    monkeypatch.setattr(local, "_memory_gb", lambda: 100)
+    scans(tmp_path, **{f"_1_{i}": dict(predict="out of memory killer", marker=str(tmp_path / str(i)), work=0.5) for i in range(3)} | {f"_1_{i}": {} for i in range(3, 6)})
+    start = time.monotonic()
+    report = submit_here(tmp_path, processes, timeout=90)
+    assert report["counts"] == {"predicted": 6} and report["predictors"] == 1 and time.monotonic() - start < 80
+
+
+def test_a_pipeline_that_knows_no_efforts(tmp_path, fake_reader):
+    """An object of the user's own, with predict(volume) and no more."""
+    for i in range(12):
+        make(tmp_path / "scans" / f"1.{i:02d}", hu=500, work=0.4)
+
+    class Own(FakePipeline):
+        def predict(self, volume):
+            return super().predict(volume)
+
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=Own(), time_limit=5, evidence=True)
+    assert {s["reason"] for s in report["study"].values() if s["status"] == "prior"} <= {"the time limit was reached before its turn", "predicting took more than 0.1 s"}
+    assert report["counts"]["predicted"] > 2
+
+
+@pytest.mark.parametrize("error, memory", [(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True), (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), True),
+                                           (MemoryError(), True), (RuntimeError("shapes do not match"), False)])
+def test_what_is_short_of_memory(error, memory):
+    assert predicting._out_of_memory(error) == memory
+
+
+def test_a_terminal_that_is_gone_ends_no_submission(tmp_path, processes):
+    scans(tmp_path, **{f"_1_{i}": dict(work=1.5) for i in range(4)})
+    code = f"""
+from cspine_submission import predicting, reading, submit
+predicting.PIPELINE, reading.READER = "fake_study:pipeline", "fake_study:read"
+submit({str(tmp_path / "scans")!r}, out={str(tmp_path / "s.csv")!r}, bundle={str(processes)!r})
+"""
+    env = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, "-c", code], env=env, stdout=full, stderr=full)
+    report = json.loads((tmp_path / REPORT).read_text())
+    assert report["counts"] == {"predicted": 4} and answers(tmp_path / "s.csv")[1]["1.3_C1"] == pytest.approx(0.5)
+
+
+def test_no_process_to_be_had_is_ours(tmp_path, processes, monkeypatch):
+    scans(tmp_path, _1_0={})
+    def none(*args, **kw): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(child.tempfile, "TemporaryFile", none)
+    report = submit_here(tmp_path, processes)
+    assert report["alarm"] and "no process can be started" in report["study"]["1.0"]["reason"] and len(answers(tmp_path / "s.csv")[0]) == 8
+
+
+def test_a_folder_for_parts_that_cannot_be_made_costs_the_resume(tmp_path, processes):
+    scans(tmp_path, _1_0={})
+    (tmp_path / "s.csv.parts").write_text("a file where the folder should be")
+    report = submit_here(tmp_path, processes)
+    assert report["counts"] == {"predicted": 1} and "not kept for another run" in report["study"]["1.0"]["notes"][-1]
+
+
+def test_stopped_while_a_study_is_read_it_ends_at_once(tmp_path, processes):
+    """And leaves nobody behind."""
+    scans(tmp_path, _1_0={}, _1_1=dict(seconds=60))
+    code = f"""
+from cspine_submission import predicting, reading, submit
+predicting.PIPELINE, reading.READER = "fake_study:pipeline", "fake_study:read"
+submit({str(tmp_path / "scans")!r}, out={str(tmp_path / "s.csv")!r}, bundle={str(processes)!r})
+"""
+    env = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    run = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "s.csv.parts/study_00000.json").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    below = [int(p) for t in Path(f"/proc/{run.pid}/task").iterdir() for p in (t / "children").read_text().split()]
+    run.terminate()
+    start = time.monotonic()
+    run.communicate(timeout=50)
+    assert run.returncode == 143 and time.monotonic() - start < 30 and below
+    assert not [p for p in below if Path(f"/proc/{p}").exists() and " Z " not in Path(f"/proc/{p}/stat").read_text()]
+
+
+@pytest.mark.parametrize("content", ['{"prior": [0.5]}', '{"prior": {"C1": "x"}}', "[]", "{"])
+def test_a_bundle_with_a_damaged_prior_gives_the_constants(tmp_path, processes, content):
+    (processes / "bundle.json").write_text(content)
+    scans(tmp_path, _1_0=dict(read="error"))
+    submit_here(tmp_path, processes)
+    assert answers(tmp_path / "s.csv")[1]["1.0_C7"] == pytest.approx(PRIOR["C7"])
+
+
+def test_parts_that_are_damaged_are_made_again(tmp_path, processes):
+    scans(tmp_path, _1_0={}, _1_1={})
+    submit_here(tmp_path, processes)
+    good = (tmp_path / "s.csv.parts/study_00001.json").read_text()
+    for content in ("{}", "[]", good.replace('"1.1"', '"1.9"'), good.replace('"status"', '"x"')):
+        (tmp_path / "s.csv.parts/study_00001.json").write_text(content)
+        assert submit_here(tmp_path, processes)["reused"] == 1
+    assert submit_here(tmp_path, processes)["reused"] == 2

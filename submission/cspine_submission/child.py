@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 
+from cspine.presets import CspineError
 from cspine_submission.reasons import why
 
 START_LIMIT = 300  # s that a process may take to import what it needs, and to make itself ready
@@ -24,10 +25,11 @@ START_LIMIT = 300  # s that a process may take to import what it needs, and to m
 class Failed(Exception):
     """A question that was not answered; its text is the reason for the report."""
 
-    def __init__(self, reason, died=None, ours=False):
+    def __init__(self, reason, died=None, ours=False, expected=False):
         super().__init__(reason)
         self.died = died  # the exit status, negative for a signal, where the process ended by itself
-        self.ours = ours  # no study's fault: the process could not even start
+        self.ours = ours  # no study's fault: the process could not even start, or the memory did not suffice
+        self.expected = expected  # an error of our own, whose sentence says all there is to say
 
 
 class Child:
@@ -45,14 +47,17 @@ class Child:
             self._end()
             # the child finds the modules that this process finds, also in a notebook that changed sys.path
             env = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-            self.log = tempfile.TemporaryFile()  # noqa: SIM115, closed in _end()
             with self.lock:  # not while the run is being closed: nobody would end it
                 if self.closed:
-                    raise Failed("the run was stopped")
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", "from cspine_submission.child import serve; serve()"],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env,
-                )
+                    raise Failed("the run was stopped", ours=True)
+                try:
+                    self.log = tempfile.TemporaryFile()  # noqa: SIM115, closed in _end()
+                    self.process = subprocess.Popen(
+                        [sys.executable, "-c", "from cspine_submission.child import serve; serve()"],
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env,
+                    )
+                except OSError as e:  # no process, or no temporary file, is to be had
+                    raise Failed(f"{self.doing}: no process can be started ({why(e)})", ours=True) from None
             try:
                 self.ready = self._ask((self.factory, self.args), timeout, f"{self.doing}: the process did not start within {timeout:.3g} s")
             except Failed as e:
@@ -109,7 +114,8 @@ class Child:
         if late.is_set():  # answered at the last moment: the process is dying, the answer is whole
             self._end()
         if not ok:
-            raise Failed(value)
+            reason, memory, expected = value
+            raise Failed(reason, ours=memory, expected=expected)
         return value
 
     def _last_words(self, error):
@@ -148,7 +154,7 @@ def serve():
         module, function = factory.split(":")
         ready, work = getattr(importlib.import_module(module), function)(*args)
     except BaseException as e:  # noqa: BLE001, the reason is for the report
-        answer(False, why(e))
+        answer(False, _told(e))
         return
     answer(True, ready)
     while True:
@@ -157,4 +163,8 @@ def serve():
         except BrokenPipeError:
             return
         except Exception as e:  # noqa: BLE001, the reason is for the report
-            answer(False, why(e))
+            answer(False, _told(e))
+
+
+def _told(error):
+    return why(error), isinstance(error, MemoryError), isinstance(error, CspineError)

@@ -20,29 +20,38 @@ class Parts:
         made_from = {"rows": _sha256("\n".join(rows["row_id"])), "model": model}
         mine = self.folder / "made_from.json"
         before = _read_json(mine)
+        self.off = ""  # why nothing can be kept
         if resume and model is not None and before == made_from:
             return
         old = list(self.folder.glob("study_*.json"))
         if old:
             changed = "resume is off" if not resume else "the bundle, the code or test.csv is another"
             print(f"beginning again, not reusing {len(old)} studies in {self.folder}: {changed}", flush=True)
-        for path in [*old, *self.folder.glob("study_*.npz")]:
-            path.unlink()
-        write_whole(mine, json.dumps(made_from))
+        try:
+            for path in [*old, *self.folder.glob("study_*.npz")]:
+                path.unlink()
+            write_whole(mine, json.dumps(made_from))
+        except OSError as e:  # a full disk costs the resume, not the run
+            self.off = e.strerror or str(e)
 
     def _path(self, uid):
         return _file(self.folder, self.number[uid], "json")
 
     def load(self, uid, folder):
         """What an earlier run found, None if there is nothing or the study's files have changed."""
-        part = _read_json(self._path(uid))
-        if part is None or folder is None or part["files"] is None or part["files"] != _files_stamp(folder):
+        part = _read_json(self._path(uid)) if not self.off else None
+        if not isinstance(part, dict) or folder is None or part.get("uid") != uid or not part.get("files") or part["files"] != _files_stamp(folder):
             return None
-        return part["study"] | {"reused": True}
+        study = part.get("study")
+        whole = isinstance(study, dict) and {"status", "reason", "notes", "probabilities"} <= set(study)
+        return study | {"reused": True} if whole else None
 
     def save(self, uid, folder, study, view=None):
         """Keep a study and its view; one that failed is not kept: the next run tries it again."""
         if study["status"] == STOOD_IN:
+            return
+        if self.off:
+            study["notes"].append(f"not kept for another run: {self.off}")
             return
         try:
             if view is not None:

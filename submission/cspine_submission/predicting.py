@@ -1,6 +1,10 @@
 """Answer one study: in a process of its own with a bundle's pipeline, or here with an object that can predict."""
 
+import ctypes
 import gc
+import inspect
+import math
+import os
 import queue
 import sys
 import threading
@@ -18,14 +22,25 @@ def pipeline(bundle, device, threads, cache):
     from cspine.segmentation import find_devices
 
     made = Pipeline(bundle, device=device, threads=threads, cache=cache)
-    b = made.bundle
+    b, devices = made.bundle, find_devices(device)[0]
+    if made.device.type != "cpu":  # few predictors share the cores then
+        import torch
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
     expected = getattr(b, "expected", None)
     facts = {
-        "device": str(made.device), "note": made.device_note, "devices": [str(d) for d in find_devices(device)[0]],
+        "device": str(made.device), "note": made.device_note, "devices": [str(d) for d in devices],
         "folds": (len(b.segmentation), sum(len(m.models) for m in b.members if m.weight) / sum(m.weight > 0 for m in b.members)),
         "efforts": list(EFFORTS), "card": b.card, "expected": None if expected is None else {t: list(map(float, expected[t])) for t in TARGETS},
     }
-    return facts, lambda question: answer(made, **question)
+    return facts, lambda question: _trimmed(answer(made, **question))
+
+
+def _trimmed(study):
+    # the C library keeps what each study freed in pieces that the next one does not fit into: 20 MB a study, were it not given back
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return study
 
 
 class Thread:
@@ -97,7 +112,7 @@ def answer(pipeline, volume, prior, effort=0, evidence=False, picture=None, labe
             "boxes_from": list(prediction.boxes_from) if _has_yolo(pipeline) else [],  # of C1..C7: yolo, mask or nothing
             "slices": int(volume.shape[0]),
             "probabilities": p,
-            "steps": {k: float(v) for k, v in (getattr(prediction, "seconds", None) or {}).items()},
+            "steps": {str(k): float(v) for k, v in (getattr(prediction, "seconds", None) or {}).items() if math.isfinite(v)},
         }
         if evidence and getattr(prediction, "looked", None) is not None:
             study["looked"] = [[round(float(v), 1) for v in at] if at[0] == at[0] else None for at in prediction.looked]  # (z, y, x); None: nothing seen
@@ -129,17 +144,19 @@ def _has_yolo(pipeline):
 
 
 def _out_of_memory(error):
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
+    # torch's own kind is known by its name, without torch; a CPU's, cuDNN's and OpenVINO's by what they say
+    words = "can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc"
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def _broken_device(error):
     # after an error of the driver nothing that this process asks of the GPU is answered any more
-    return type(error).__name__ == "AcceleratorError" or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    return type(error).__name__ == "AcceleratorError" or (isinstance(error, RuntimeError) and "CUDA error" in str(error) and "out of memory" not in str(error))
 
 
 def _predict(pipeline, volume, effort, evidence):
     # only what differs from the usual is said: an object of the user's own need not know it
-    options = ({"effort": effort} if effort else {}) | ({"evidence": True} if evidence else {})
+    options = _taken(pipeline.predict, ({"effort": effort} if effort else {}) | ({"evidence": True} if evidence else {}))
     for attempt in ("as always", "in small pieces", "on the CPU"):
         try:
             if attempt == "in small pieces":
@@ -157,6 +174,16 @@ def _predict(pipeline, volume, effort, evidence):
         gc.collect()
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()
+
+
+def _taken(function, options):
+    try:
+        known = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of native code: who knows
+        return options
+    if any(p.kind == p.VAR_KEYWORD for p in known):
+        return options
+    return {k: v for k, v in options.items() if k in {p.name for p in known}}
 
 
 def _on_cpu(pipeline):

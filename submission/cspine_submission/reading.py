@@ -18,22 +18,32 @@ def reader(function):
     return "ready", lambda folder: read(folder)
 
 
-def read_ahead(folders, workers, timeout):
-    """Yield (key, Volume or Failed, seconds) of (key, folder), as they come; at most `workers` + 1 volumes are held."""
-    free, readers = queue.SimpleQueue(), [Child("cspine_submission.reading:reader", READER, doing="reading") for _ in range(workers)]
+def readers(n):
+    """Processes that read."""
+    return [Child("cspine_submission.reading:reader", READER, doing="reading") for _ in range(n)]
+
+
+def read_ahead(folders, readers, timeout):
+    """Yield (key, Volume or Failed, seconds) of (key, folder), as they come; a volume more than there are readers is held at most."""
+    free, workers = queue.SimpleQueue(), len(readers)
     for r in readers:
         free.put(r)
 
     def job(key, folder):
         reader, start = free.get(), time.monotonic()
-        try:
-            found = reader.ask(folder, timeout() if callable(timeout) else timeout)
-        except Failed as e:
-            found = e
-        except Exception as e:  # noqa: BLE001, no process to be had, a full disk: the loss of this study only
-            found = Failed(why(e))
-        finally:
-            free.put(reader)
+        for last in (False, True):
+            try:
+                found = reader.ask(folder, timeout() if callable(timeout) else timeout)
+            except Failed as e:
+                found = e
+                if e.died == -9:  # as where memory is short
+                    e.ours = True
+                    if not last and not reader.closed:
+                        continue
+            except Exception as e:  # noqa: BLE001, the loss of this study only
+                found = Failed(why(e), ours=True)
+            break
+        free.put(reader)
         return key, found, time.monotonic() - start
 
     pool, waiting, folders = ThreadPoolExecutor(workers), set(), iter(folders)

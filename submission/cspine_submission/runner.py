@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +19,7 @@ from cspine_submission.child import Failed
 from cspine_submission.local import Local
 from cspine_submission.parts import Parts, model_stamp
 from cspine_submission.predicting import PREDICTED, STOOD_IN, stand_in
+from cspine_submission.reasons import why
 from cspine_submission.report import report_of, said
 
 WRITE_EVERY = 2.0  # s between two submissions on disk, at least
@@ -75,14 +76,14 @@ def submit(
             run.repicture(work)
         run.stopped = stopped[0] if stopped else None
     run.leave()
-    report = report_of(run, data, bundle if pipeline is None else None, max_failed, time_limit)
     with _writing(out):
         run.write(now=True)
+    report = report_of(run, data, bundle if pipeline is None else None, max_failed, time_limit)
     try:
         write_whole(report["report"], json.dumps(report, indent=1, allow_nan=False))
-    except OSError as e:  # the submission is there
-        print(f"{report['report']} cannot be written ({e.strerror}): {out} is complete without it", file=sys.stderr, flush=True)
-    print(said(report), flush=True)
+    except (OSError, ValueError, TypeError) as e:  # the submission is there
+        tell(f"{report['report']} cannot be written ({getattr(e, 'strerror', None) or e}): {out} is complete without it", sys.stderr)
+    tell(said(report))
     if run.stopped:
         raise run.stopped
     return report
@@ -93,7 +94,7 @@ class Run:
 
     def __init__(self, rows, bad, twice, folders, out, parts, clock, truth, pictures, prior, evidence, labels):
         self.rows, self.folders, self.out, self.parts, self.clock = rows, folders, out, parts, clock
-        self.truth, self.pictures, self.facts, self.stopped, self.lost = truth, pictures, {}, None, ""
+        self.truth, self.pictures, self.facts, self.stopped, self.lost, self.late = truth, pictures, {}, None, "", False
         self.prior, self.written, self.took = prior, -math.inf, 0.0
         wrong = {uid: bad[row] for row, uid in zip(rows["row_id"], rows["StudyInstanceUID"]) if row in bad}
         self.bad, self.twice, self.studies, self.todo = bad, twice, {}, []
@@ -101,7 +102,7 @@ class Run:
         for uid in dict.fromkeys(rows["StudyInstanceUID"]):
             if uid in folders:
                 known = parts.load(uid, folders[uid])
-                if known is None or self._less(known, evidence, labels):
+                if known is None or self._less(uid, known, evidence, labels):
                     self.todo.append(uid)
                 else:
                     self.studies[uid] = known
@@ -109,13 +110,14 @@ class Run:
             else:
                 self.answer(uid, {"failed": wrong.get(uid, "no folder for it in test_images")})
         if self.reused:
-            print(f"reusing {self.reused} of {len(self.studies) + len(self.todo)} studies from {parts.folder}", flush=True)
+            tell(f"reusing {self.reused} of {len(self.studies) + len(self.todo)} studies from {parts.folder}")
 
-    def _less(self, known, evidence, labels):
+    def _less(self, uid, known, evidence, labels):
         """Is what an earlier run found less than what is asked for now?"""
+        from cspine.labelmaps import labels_file
         return (
             (known.get("effort") and self.clock.limit == math.inf)
-            or (labels is not None and not Path(known.get("labels", "")).is_file())
+            or (labels is not None and not labels_file(labels, uid).is_file())
             or (evidence and known["status"] == PREDICTED and "looked" not in known)
         )
 
@@ -154,32 +156,37 @@ class Run:
         try:
             self.facts = engine.start()
         except Failed as e:
-            self.lost = str(e)
-            print(f"nothing can be predicted: {self.lost}", file=sys.stderr, flush=True)
+            self.lost, self.late = str(e), self.clock.time_to_work() <= 1
+            tell(f"nothing can be predicted: {self.lost}", sys.stderr)
             return
         self.clock.folds = self.facts["folds"]
         if not self.todo:
             return
-        print(f"predicting {len(self.todo)} studies on {self.facts['device']}", flush=True)
+        tell(f"predicting {len(self.todo)} studies on {self.facts['device']}")
         waiting = set(self.todo)
         results = engine.results(self.todo, self.folders, self.question(evidence, labels), self.prior)
-        for uid, study in progress(results, "predicting", total=len(self.todo), more=lambda: self._when(waiting)):
-            waiting.discard(uid)
-            self.answer(uid, study)
-            try:
-                self.write()
-            except OSError as e:  # what stands there is complete; it is tried again, and at the end it is an error
-                self.written = time.monotonic()
-                print(f"{self.out} cannot be renewed for now ({e.strerror})", file=sys.stderr, flush=True)
+        try:
+            for uid, study in progress(results, "predicting", total=len(self.todo), more=lambda: self._when(waiting)):
+                waiting.discard(uid)
+                self.answer(uid, study)
+                try:
+                    self.write()
+                except OSError as e:  # what stands there is complete; it is tried again, and at the end it is an error
+                    self.written = time.monotonic()
+                    tell(f"{self.out} cannot be renewed for now ({e.strerror})", sys.stderr)
+        except Exception as e:  # noqa: BLE001, what is known is written all the same
+            self.lost = why(e)
+            return
         self.lost = engine.lost
 
     def leave(self):
         """The prior, and the reason, for what was not answered."""
-        late = self.clock.work_left() <= 0.5
+        late = self.late or self.clock.work_left() <= 0.5
         for uid in self.todo:
             if uid not in self.studies:
-                reason = "the time limit was reached before its turn" if late else self.lost or "the run was stopped before its turn"
-                self.answer(uid, {"failed": reason, "ours": bool(self.lost) and not late})
+                stopped = "the run was stopped before its turn" if self.stopped else ""
+                reason = "the time limit was reached before its turn" if late else stopped or self.lost or "no predictor was left"
+                self.answer(uid, {"failed": reason, "ours": not late and not stopped})
 
     def question(self, evidence, labels):
         """What each study is asked, beside its volume: a function of its uid."""
@@ -261,7 +268,7 @@ def _prior(bundle, pipeline):
             prior = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["prior"]
         except (OSError, ValueError, KeyError, TypeError):  # who loads the bundle says what is wrong with it
             prior = None
-    good = prior is not None and all(isinstance(prior.get(t), (int, float)) and 0 < prior[t] < 1 for t in TARGETS)
+    good = isinstance(prior, (dict, pd.Series)) and all(isinstance(prior.get(t), (int, float)) and 0 < prior[t] < 1 for t in TARGETS)
     return {t: float((prior if good else PRIOR)[t]) for t in TARGETS}
 
 
@@ -276,6 +283,12 @@ def _engine(name, bundle, device, pipeline, workers, timeout, clock, cache):
         yield work
     finally:
         work.close()
+
+
+def tell(text, stream=None):
+    """Print a line; a terminal that is gone, or a log on a full disk, ends no submission."""
+    with suppress(OSError, ValueError):
+        print(text, file=stream or sys.stdout, flush=True)
 
 
 class Stopped(SystemExit):
