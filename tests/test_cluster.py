@@ -1,49 +1,82 @@
-"""Ray's workers on this machine: one is killed in the middle, nothing is lost, and the CSV is the same."""
+"""Ray's workers on this machine: one is killed in the middle, nothing is lost, and CSV and crops are the same.
+
+All of it happens in a process of its own: Ray leaves threads and signal handlers in the one that it was begun in.
+"""
 
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from cspine.presets import TARGETS, CspineError
-from cspine_submission import predicting, reading, submit
 
-sys.path.insert(0, str(Path(__file__).parent))
-make = importlib.import_module("fake_study").make
+HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Two workers, begun once: that takes longer than what they do here."""
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-    pytest.importorskip("ray.data", reason="the extra ray is not installed")
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for Ray's workers
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.shutdown()
+def cases(folder):
+    """With Ray and without: a submission, one of whose workers is killed, and crops; what came of it goes into done.json."""
+    import ray
+    from cspine.crops import crop_data_set
+    from cspine.phantom import phantom
+    from cspine_submission import predicting, reading, submit
+
+    predicting.PIPELINE, reading.READER = "fake_study:pipeline", "fake_study:read"
+    make, folder, said = importlib.import_module("fake_study").make, Path(folder), {}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
-    monkeypatch.undo()
-
-
-def test_a_killed_worker_costs_nothing(tmp_path, cluster, monkeypatch):
-    monkeypatch.setattr(predicting, "PIPELINE", "fake_study:pipeline")
-    monkeypatch.setattr(reading, "READER", "fake_study:read")
-    bundle = tmp_path / "bundle"
+    bundle = folder / "bundle"
     bundle.mkdir()
     (bundle / "bundle.json").write_text(json.dumps({"prior": dict.fromkeys(TARGETS, 0.25)}))
     for i in range(6):
-        what = {"kill parent": str(tmp_path / "killed")} if i == 3 else {"read": "error"} if i == 4 else {}
-        make(tmp_path / "scans" / f"1.{i}", hu=100 * i, **what)
-    report = submit(tmp_path / "scans", out=tmp_path / "ray.csv", bundle=bundle, engine="ray")
-    assert (tmp_path / "killed").exists() and report["counts"] == {"predicted": 5, "prior": 1}
-    assert report["study"]["1.4"]["reason"] == "slice 3 is torn"
-    submit(tmp_path / "scans", out=tmp_path / "local.csv", bundle=bundle)
-    assert (tmp_path / "ray.csv").read_bytes() == (tmp_path / "local.csv").read_bytes()
+        what = {"kill parent": str(folder / "killed")} if i == 3 else {"read": "error"} if i == 4 else {}
+        make(folder / "scans" / f"1.{i}", hu=100 * i, **what)
+    report = submit(folder / "scans", out=folder / "ray.csv", bundle=bundle, engine="ray")
+    said |= {"killed": (folder / "killed").exists(), "counts": report["counts"], "reason": report["study"]["1.4"]["reason"]}
+    submit(folder / "scans", out=folder / "local.csv", bundle=bundle)
+    late = submit(folder / "scans", out=folder / "late.csv", bundle=bundle, engine="ray", time_limit=0.5)
+    said |= {"late": late["counts"], "late_reasons": late["reasons"], "late_rows": len((folder / "late.csv").read_text().splitlines())}
+    data = phantom(folder / "data", train=2, test=0, size=64, seed=5, workers=1, odd=0)
+    for engine in ("local", "ray"):
+        made = crop_data_set(data, None, folder / engine, masks=True, engine=engine, workers=2)
+        said[engine] = len(made)
+    (folder / "done.json").write_text(json.dumps(said))
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    folder = tmp_path_factory.mktemp("cluster")
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([sys.executable, "-c", f"from test_cluster import cases; cases({str(folder)!r})"], env=env, capture_output=True, text=True)
+    assert (folder / "done.json").exists(), done.stderr[-3000:]
+    return folder, json.loads((folder / "done.json").read_text())
+
+
+def test_a_killed_worker_costs_nothing(cluster):
+    folder, said = cluster
+    assert said["killed"] and said["counts"] == {"predicted": 5, "prior": 1} and said["reason"] == "slice 3 is torn"
+    assert (folder / "ray.csv").read_bytes() == (folder / "local.csv").read_bytes()
+
+
+def test_a_time_limit_holds_there_too(cluster):
+    _, said = cluster
+    assert said["late"].get("prior", 0) >= 1 and "the time limit was reached before its turn" in said["late_reasons"] and said["late_rows"] == 1 + 6 * 8
+
+
+def test_crops_are_the_same(cluster):
+    folder, said = cluster
+    local, ray = ({p.name: p.read_bytes() for p in (folder / engine / "studies").iterdir()} for engine in ("local", "ray"))
+    assert said["local"] == said["ray"] == 2 and local == ray
+
+
+def test_an_engine_that_is_none(tmp_path):
+    from cspine.crops import crop_data_set
+    with pytest.raises(CspineError, match="no engine 'abacus'"):
+        crop_data_set(tmp_path, None, tmp_path / "c", masks=True, engine="abacus")
 
 
 def test_no_cluster_is_said(monkeypatch):
@@ -56,14 +89,3 @@ def test_no_cluster_is_said(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(CspineError, match="no Ray cluster to work on .could not connect to 127.0.0.1:1.; look at RAY_ADDRESS"):
         connect()
-
-
-def test_crops_are_the_same(tmp_path, cluster):
-    from cspine.crops import crop_data_set
-    from cspine.phantom import phantom
-    data = phantom(tmp_path / "data", train=2, test=0, size=64, seed=5, workers=1, odd=0)
-    made = [crop_data_set(data, None, tmp_path / engine, masks=True, engine=engine, workers=2) for engine in ("local", "ray")]
-    files = [{p.name: p.read_bytes() for p in (c.folder / "studies").iterdir()} for c in made]
-    assert len(made[1]) == 2 and files[0] == files[1]
-    with pytest.raises(CspineError, match="no engine 'abacus'"):
-        crop_data_set(data, None, tmp_path / "c", masks=True, engine="abacus")

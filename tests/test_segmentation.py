@@ -260,5 +260,5 @@ def test_in_a_hurry_a_2d_network_reads_a_slice_every_3_mm(dz, n):
     net.seen = 0
     quick = seg.find_labels([net], preset, scan, coarse=True)[0] > 0
     assert net.seen == n
-    assert 2*(quick & whole).sum()/(quick.sum()+whole.sum()) > .96
+    assert 2*(quick & whole).sum()/(quick.sum()+whole.sum()) > .94   # .87 where each slice is that before it
     assert quick[[0,-1]].sum() == whole[[0,-1]].sum() > 0

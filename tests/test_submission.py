@@ -719,9 +719,9 @@ def test_what_an_earlier_run_left_out_is_asked_for_again(tmp_path):
 def test_a_gpu_that_fails_one_study_is_tried_again_with_the_next(tmp_path, processes, monkeypatch):
     """The first answers on the CPU what kills the GPU twice; a GPU that fails two studies in a row is left alone."""
     gpus = make_bundle(tmp_path / "gpus")
-    scans(tmp_path, _1_0=dict(predict="crash on gpu"), **{f"_1_{i}": dict(work=0.2) for i in range(1, 6)})
+    scans(tmp_path, _1_0=dict(predict="crash on gpu"), **{f"_1_{i}": dict(work=1.5) for i in range(1, 8)})
     report = submit_here(tmp_path, gpus)
-    assert report["counts"] == {"predicted": 6}
+    assert report["counts"] == {"predicted": 8}
     assert report["study"]["1.0"]["device"] == "cpu" and "cuda:" in report["study"]["1.0"]["notes"][-1] and "predicted on the CPU" in report["study"]["1.0"]["notes"][-1]
     assert {s["device"] for u, s in report["study"].items() if u != "1.0"} == {"cuda:0", "cuda:1"}
     shutil.rmtree(tmp_path / "scans")
