@@ -471,6 +471,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'cspine.inference.Pipeline.__init__': ('inference.html#pipeline.__init__', 'cspine/inference.py'),
                                   'cspine.inference.Pipeline._probabilities': ( 'inference.html#pipeline._probabilities',
                                                                                 'cspine/inference.py'),
+                                  'cspine.inference.Pipeline.efforts': ('inference.html#pipeline.efforts', 'cspine/inference.py'),
                                   'cspine.inference.Pipeline.explain': ('inference.html#pipeline.explain', 'cspine/inference.py'),
                                   'cspine.inference.Pipeline.predict': ('inference.html#pipeline.predict', 'cspine/inference.py'),
                                   'cspine.inference.Prediction': ('inference.html#prediction', 'cspine/inference.py'),

@@ -115,7 +115,7 @@ def pipeline(bundle, device, threads, cache):
     if kind == "full_gpu" and device != "cpu":
         raise RuntimeError("CUDA out of memory")
     made = FakePipeline(Path(bundle))
-    facts = {"device": device or "cpu", "note": "", "devices": ["cpu"], "folds": (1, 1), "card": {}, "expected": None}
+    facts = {"device": device or "cpu", "note": "", "devices": ["cpu"], "folds": (1, 1), "efforts": 4, "card": {}, "expected": None}
     if Path(bundle).name == "gpus":
         facts |= {"device": device or "cuda:0", "devices": ["cuda:0", "cuda:1"]}
         made.device = facts["device"]

@@ -1,5 +1,6 @@
 """The pipeline: a neck gets answers from its own pixels; everything else gets the prior and a note."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,3 +255,10 @@ def test_a_device_that_computes_wrongly_is_not_taken(monkeypatch):
     monkeypatch.setattr(seg.F, 'conv3d', lambda *a, **k: torch.zeros(1))
     with pytest.raises(CspineError, match='computes 0 where 2000 is right'):
         seg.find_devices('cpu')
+
+
+@pytest.mark.parametrize('model, n', [('cascade3d', 3), ('unet2d', 4), ('unet3d', 3)])
+def test_a_coarse_stage_1_is_offered_where_it_pays(pipeline, monkeypatch, model, n):
+    bundle = replace(pipeline.bundle, preset=SimpleNamespace(segmentation=SimpleNamespace(model=model)))
+    monkeypatch.setattr(pipeline, 'bundle', bundle)
+    assert pipeline.efforts == n

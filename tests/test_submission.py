@@ -728,7 +728,7 @@ def test_a_gpu_that_fails_one_study_is_tried_again_with_the_next(tmp_path, proce
 
 
 def test_a_study_that_always_crashes_costs_no_gpu(tmp_path, processes):
-    scans(tmp_path, _1_0=dict(predict="crash"), **{f"_1_{i}": dict(work=0.3) for i in range(1, 6)})
+    scans(tmp_path, _1_0=dict(predict="crash"), **{f"_1_{i}": dict(work=1.5) for i in range(1, 8)})
     report = submit_here(tmp_path, make_bundle(tmp_path / "gpus"))
     assert report["study"]["1.0"]["status"] == "prior" and {s["device"] for u, s in report["study"].items() if u != "1.0"} == {"cuda:0", "cuda:1"}
 

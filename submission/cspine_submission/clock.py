@@ -10,7 +10,7 @@ from cspine.presets import CspineError
 
 LATEST = 50  # studies whose times are looked at: the machine of an hour ago says little
 RESERVE = 0.05  # of the limit, kept for a study that takes longer than the others, and for writing
-LEAST = 2.0  # s of reserve, however short the limit
+LEAST = 5.0  # s of reserve, however short the limit: a process begins before its clock does, and ends after
 
 
 def seconds(text):

@@ -90,7 +90,7 @@ def _one(data, folders, there, bundle, device, pipeline, workers, timeout, probl
     clock.at_once, clock.folds = at_once, facts["folds"]
     steps = {k: s for k, s in seconds.items() if k not in ("read", "predict")}
     clock.add(0, seconds["predict"], steps)
-    return {"seconds_each": seconds["predict"], "seconds_all": ready + clock.each(0) * len(there) / at_once, "predictors": at_once, "each": [clock.each(e) for e in range(len(EFFORTS))], "ready": ready}
+    return {"seconds_each": seconds["predict"], "seconds_all": ready + clock.each(0) * len(there) / at_once, "predictors": at_once, "each": [clock.each(e) for e in range(facts["efforts"])], "ready": ready}
 
 
 def _step(found, limit):

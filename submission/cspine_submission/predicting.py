@@ -18,7 +18,7 @@ PIPELINE = "cspine_submission.predicting:pipeline"  # what a predictor process m
 
 def pipeline(bundle, device, threads, cache):
     """What a predictor process says of itself, and what it answers with."""
-    from cspine.inference import EFFORTS, Pipeline
+    from cspine.inference import Pipeline
     from cspine.segmentation import find_devices
 
     made = Pipeline(bundle, device=device, threads=threads, cache=cache)
@@ -30,7 +30,7 @@ def pipeline(bundle, device, threads, cache):
     facts = {
         "device": str(made.device), "note": made.device_note, "devices": [str(d) for d in devices],
         "folds": (len(b.segmentation), sum(len(m.models) for m in b.members if m.weight) / sum(m.weight > 0 for m in b.members)),
-        "efforts": list(EFFORTS), "card": b.card, "expected": None if expected is None else {t: list(map(float, expected[t])) for t in TARGETS},
+        "efforts": made.efforts, "card": b.card, "expected": None if expected is None else {t: list(map(float, expected[t])) for t in TARGETS},
     }
     return facts, lambda question: _trimmed(answer(made, **question))
 
@@ -70,7 +70,7 @@ class Thread:
         bundle = getattr(self.pipeline, "bundle", None)
         return {
             "device": str(getattr(self.pipeline, "device", "here")), "note": getattr(self.pipeline, "device_note", ""), "devices": [],
-            "folds": tuple(len(getattr(bundle, stage, None) or [0]) for stage in ("segmentation", "classification")), "efforts": None, "card": getattr(bundle, "card", None) or {}, "expected": None,
+            "folds": tuple(len(getattr(bundle, stage, None) or [0]) for stage in ("segmentation", "classification")), "efforts": getattr(self.pipeline, "efforts", 4), "card": getattr(bundle, "card", None) or {}, "expected": None,
         }
 
     def ask(self, question, timeout):

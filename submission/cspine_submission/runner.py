@@ -159,7 +159,7 @@ class Run:
             self.lost, self.late = str(e), self.clock.time_to_work() <= 1
             tell(f"nothing can be predicted: {self.lost}", sys.stderr)
             return
-        self.clock.folds = self.facts["folds"]
+        self.clock.folds, self.clock.efforts = self.facts["folds"], self.facts["efforts"]
         if not self.todo:
             return
         tell(f"predicting {len(self.todo)} studies on {self.facts['device']}")
