@@ -843,3 +843,16 @@ def test_parts_that_are_damaged_are_made_again(tmp_path, processes):
         (tmp_path / "s.csv.parts/study_00001.json").write_text(content)
         assert submit_here(tmp_path, processes)["reused"] == 1
     assert submit_here(tmp_path, processes)["reused"] == 2
+
+
+def test_a_complete_csv_stands_before_the_first_study(tmp_path, fake_reader):
+    make(tmp_path / "scans/1.2", hu=500)
+    seen = []
+
+    class Looks(FakePipeline):
+        def predict(self, volume):
+            seen.append(answers(tmp_path / "s.csv")[1]["1.2_C7"])
+            return super().predict(volume)
+
+    submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=Looks())
+    assert seen == [pytest.approx(PRIOR["C7"])] and answers(tmp_path / "s.csv")[1]["1.2_C7"] == pytest.approx(0.5)
