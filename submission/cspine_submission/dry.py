@@ -70,7 +70,7 @@ def _one(data, folders, there, bundle, device, pipeline, workers, timeout, probl
         began = time.monotonic()
         facts = work.start()
         ready = time.monotonic() - began
-        print(f"device: {facts['device']}{'; ' + facts['note'] if facts['note'] else ''}\nbundle: {bundle or 'an object'}, folds {' + '.join(map(str, facts['folds']))}, ready in {ready:.1f} s", flush=True)
+        print(f"device: {facts['device']}{'; ' + facts['note'] if facts['note'] else ''}\nbundle: {bundle or 'an object'}, folds {' + '.join(f'{n:g}' for n in facts['folds'])}, ready in {ready:.1f} s", flush=True)
         ask = {"evidence": False, "picture": None, "labels": None}
         results = list(work.results([uid], folders, lambda u: ask, dict.fromkeys(TARGETS, 0.5)))
     except Failed as e:
