@@ -856,3 +856,16 @@ def test_a_complete_csv_stands_before_the_first_study(tmp_path, fake_reader):
 
     submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=Looks())
     assert seen == [pytest.approx(PRIOR["C7"])] and answers(tmp_path / "s.csv")[1]["1.2_C7"] == pytest.approx(0.5)
+
+
+def test_new_studies_and_old_ones_that_lack_a_picture(tmp_path, processes):
+    """Both in one run: the predictors are asked twice."""
+    scans(tmp_path, _1_0={}, _1_1={})
+    submit_here(tmp_path, processes)
+    scans(tmp_path, _1_2={})
+    for _ in range(2):  # the rows are others first, and then the same
+        report = submit_here(tmp_path, processes, pictures=3, time_limit=60)
+        assert report["counts"] == {"predicted": 3} and len(report["pictured"]) == 3
+    make(tmp_path / "scans/1.3", hu=500)
+    (tmp_path / "scans/1.3/1.dcm").write_text("{}")
+    assert submit_here(tmp_path, processes, pictures=4, time_limit=60)["counts"] == {"predicted": 4}

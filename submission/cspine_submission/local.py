@@ -50,6 +50,7 @@ class Local:
         self.slots, self.readers, self.facts = [], [], None
         self.lost = ""  # why no predictor is left
         self.changed, self.stop, self.active, self.again = threading.Lock(), threading.Event(), 0, deque()
+        self.pending = 0  # studies that were read and are not answered yet, whoever has them
 
     def _make(self, device):
         return Thread(self.pipeline) if self.pipeline is not None else process(self.bundle, device, self.threads, self.cache)
@@ -83,6 +84,8 @@ class Local:
             self.slots = begun + [Slot(self._make, d) for d in devices[len(begun) : len(todo)]]
         for slot, device in zip(self.slots, self.facts["devices"]):
             slot.home = device
+        self.stop, self.pending = threading.Event(), 0  # anew: a page may ask for a few more
+        self.again.clear()
         self.active = self.clock.at_once = len(self.slots)
         self.readers = readers(self.workers or max(1, min(4, _cores() // 2)))
         done, jobs, fed, waiting = queue.SimpleQueue(), queue.Queue(maxsize=1), threading.Event(), set(todo)
@@ -124,6 +127,9 @@ class Local:
             for uid, found, took in read_ahead(((uid, folders[uid]) for uid in todo), self.readers, self._limit):
                 if isinstance(found, Failed):
                     done.put((uid, {"failed": str(found), "ours": found.ours, "seconds": {"read": took}}))
+                else:
+                    with self.changed:
+                        self.pending += 1
                 while not isinstance(found, Failed) and not self.stop.is_set() and self.active:
                     try:
                         jobs.put((uid, found, took, 0), timeout=0.2)
@@ -147,8 +153,8 @@ class Local:
             try:
                 return jobs.get(timeout=0.2)
             except queue.Empty:
-                with self.changed:  # nobody gives a job back between the look and the leaving
-                    if fed.is_set() and jobs.empty() and not self.again:
+                with self.changed:  # not while another has a study that it may have to give back
+                    if fed.is_set() and not self.pending:
                         self.active -= 1
                         return None
         return None
@@ -176,6 +182,8 @@ class Local:
                     self.clock.add(effort, now - free, steps)
                 free = now
                 done.put((uid, study))
+                with self.changed:
+                    self.pending -= 1
         except Exception as e:  # noqa: BLE001, one predictor less; the report says why if it was the last
             self.lost = str(e) if isinstance(e, Failed) else why(e)
             with self.changed:
