@@ -426,6 +426,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cspine.engine._Tuple.forward': ('engine.html#_tuple.forward', 'cspine/engine.py'),
                                'cspine.engine._answers': ('engine.html#_answers', 'cspine/engine.py'),
                                'cspine.engine._converted': ('engine.html#_converted', 'cspine/engine.py'),
+                               'cspine.engine._core': ('engine.html#_core', 'cspine/engine.py'),
                                'cspine.engine._openvino': ('engine.html#_openvino', 'cspine/engine.py'),
                                'cspine.engine._save': ('engine.html#_save', 'cspine/engine.py'),
                                'cspine.engine._version': ('engine.html#_version', 'cspine/engine.py'),

@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCE', 'Compiled', 'compiled', 'accelerate', 'fastest']
 
 # %% ../nbs/07_engine.ipynb #e07a0003
-import hashlib,os,sys,warnings,weakref
+import functools,hashlib,os,sys,warnings,weakref
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -90,7 +90,7 @@ class Compiled:
             what = hashlib.sha256(repr((torch.__version__, ov.__version__, str(self.net), self.any_size, [t.shape for t in probe])).encode())
             for name,t in self.net.state_dict().items(): what.update(name.encode()+t.detach().contiguous().numpy().tobytes())
             path = Path(self.cache)/f'{what.hexdigest()[:40]}.xml'
-        core = ov.Core()
+        core = _core()
         if path is not None and path.exists() and path.with_suffix('.bin').exists(): net = core.read_model(path, path.with_suffix('.bin'))
         else:
             net = _converted(torch_net, probe)
@@ -99,6 +99,11 @@ class Compiled:
                 try: _save(ov, net, path)
                 except (OSError,RuntimeError) as e: warnings.warn(f'{path} cannot be kept for the next time ({" ".join(str(e).split())[:100]})')
         return core.compile_model(net, 'CPU', dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=torch.get_num_threads(), NUM_STREAMS=1, ENABLE_CPU_PINNING=False))
+
+@functools.cache
+def _core():
+    "OpenVINO's plugin, once for the process: one that another thread lets go takes along the stack on which this one's signals are handled"
+    return _openvino().Core()
 
 def _answers(run, xs):
     got = run([t.contiguous().numpy() for t in xs], share_inputs=True)   # its answers are copies

@@ -146,6 +146,24 @@ assert not tried, tried
 
 
 @needed
+def test_a_network_that_another_thread_lets_go_leaves_this_one_s_signals_alone(tmp_path):
+    "OpenVINO gives the thread that loads its plugin a stack for signals, and unmaps it with the plugin, in whichever thread: the next signal was the end"
+    code = '''
+import faulthandler, gc, os, signal, threading, torch
+from cspine.engine import compiled
+faulthandler.enable()
+signal.signal(signal.SIGUSR1, lambda *a: print('handled'))
+held = [compiled(torch.nn.Conv2d(1, 1, 3).eval())]
+with torch.no_grad(): held[0](torch.rand(1, 1, 8, 8))
+assert all(run for _, run in held[0].made.values())
+other = threading.Thread(target=held.clear); other.start(); other.join(); gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+'''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, 'handled\n'), done.stderr
+
+
+@needed
 def test_stage_2_by_the_engine_and_the_mirror_where_the_preset_says_so():
     torch.manual_seed(0)
     preset = replace(get_preset('tiny').classification, size=64, slices=6)
