@@ -374,10 +374,16 @@ def test_empty_text_and_cut_off(tmp_path):
     assert all(p[f"{u}_C7"] == pytest.approx(PRIOR["C7"]) for u in ("1.2.2", "1.2.3", "1.2.4"))
 
 
-def test_the_real_reader_and_pipeline(tmp_path, capsys):
+@pytest.fixture
+def one_predictor(monkeypatch):
+    """As on one core: a second process would load torch and compile the networks as well."""
+    monkeypatch.setattr(local, "_cores", lambda: 1)
+
+
+def test_the_real_reader_and_pipeline(tmp_path, capsys, one_predictor):
     """Phantoms, and a one-slice study of something else; weights at random."""
     bundle = random_bundle(tmp_path / "bundle")
-    scans = phantom(tmp_path / "data", train=0, test=2, size=96, seed=31, workers=1) / "test_images"
+    scans = phantom(tmp_path / "data", train=0, test=2, size=64, seed=31, workers=1) / "test_images"
     (scans / "1.2.3").mkdir()
     shutil.copy(get_testdata_file("CT_small.dcm"), scans / "1.2.3")
     report = submit(scans, bundle=bundle, out=tmp_path / "s.csv", device="cpu", workers=1)
@@ -578,9 +584,9 @@ def test_unreadable_studies_are_no_alarm(tmp_path, fake_reader):
 
 def test_the_clock_steps_down_in_order_and_then_gives_the_prior(tmp_path, fake_reader):
     for i in range(40):
-        make(tmp_path / "scans" / f"1.{i:02d}", hu=500, work=0.4)
-    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline(), time_limit=14)
-    assert report["seconds"] < 14
+        make(tmp_path / "scans" / f"1.{i:02d}", hu=500, work=0.2)
+    report = submit(tmp_path / "scans", out=tmp_path / "s.csv", pipeline=FakePipeline(), time_limit=9)
+    assert report["seconds"] < 9
     efforts = [s.get("effort", "full") for s in report["study"].values() if s["status"] == "predicted"]
     assert efforts[0] == "full" and set(efforts) > {"full"} and report["efforts"] == {e: efforts.count(e) for e in efforts}
     assert len(answers(tmp_path / "s.csv")[0]) == 320
@@ -699,7 +705,7 @@ def test_answers_unlike_those_out_of_fold_are_said():
     assert _histograms(studies, None)["C1"]["expected"] is None
 
 
-def test_what_an_earlier_run_left_out_is_asked_for_again(tmp_path):
+def test_what_an_earlier_run_left_out_is_asked_for_again(tmp_path, one_predictor):
     """Label maps and evidence of studies that are known without; and the engine's cache lies beside the run."""
     bundle = random_bundle(tmp_path / "bundle")
     scans = phantom(tmp_path / "data", train=0, test=1, size=64, seed=31, workers=1, odd=0) / "test_images"
@@ -714,7 +720,7 @@ def test_what_an_earlier_run_left_out_is_asked_for_again(tmp_path):
 def test_a_gpu_that_fails_one_study_is_tried_again_with_the_next(tmp_path, processes, monkeypatch):
     """The first answers on the CPU what kills the GPU twice; a GPU that fails two studies in a row is left alone."""
     gpus = make_bundle(tmp_path / "gpus")
-    scans(tmp_path, _1_0=dict(predict="crash on gpu"), **{f"_1_{i}": dict(work=1.5) for i in range(1, 8)})
+    scans(tmp_path, _1_0=dict(predict="crash on gpu"), **{f"_1_{i}": dict(work=0.6) for i in range(1, 8)})
     report = submit_here(tmp_path, gpus)
     assert report["counts"] == {"predicted": 8}
     assert report["study"]["1.0"]["device"] == "cpu" and "cuda:" in report["study"]["1.0"]["notes"][-1] and "predicted on the CPU" in report["study"]["1.0"]["notes"][-1]
@@ -727,7 +733,7 @@ def test_a_gpu_that_fails_one_study_is_tried_again_with_the_next(tmp_path, proce
 
 
 def test_a_study_that_always_crashes_costs_no_gpu(tmp_path, processes):
-    scans(tmp_path, _1_0=dict(predict="crash"), **{f"_1_{i}": dict(work=1.5) for i in range(1, 8)})
+    scans(tmp_path, _1_0=dict(predict="crash"), **{f"_1_{i}": dict(work=0.6) for i in range(1, 8)})
     report = submit_here(tmp_path, make_bundle(tmp_path / "gpus"))
     assert report["study"]["1.0"]["status"] == "prior" and {s["device"] for u, s in report["study"].items() if u != "1.0"} == {"cuda:0", "cuda:1"}
 
@@ -775,7 +781,7 @@ def test_what_is_short_of_memory(error, memory):
 
 
 def test_a_terminal_that_is_gone_ends_no_submission(tmp_path, processes):
-    scans(tmp_path, **{f"_1_{i}": dict(work=1.5) for i in range(4)})
+    scans(tmp_path, **{f"_1_{i}": dict(work=0.6) for i in range(4)})
     code = f"""
 from cspine_submission import predicting, reading, submit
 predicting.PIPELINE, reading.READER = "fake_study:pipeline", "fake_study:read"
