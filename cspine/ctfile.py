@@ -22,6 +22,7 @@ SYNTAXES = dict(
     htj2k_rpcl='1.2.840.10008.1.2.4.202', htj2k_lossy='1.2.840.10008.1.2.4.203') # PS3.5, 10; names are ours
 LOSSY = ('jpeg_baseline', 'jpeg_extended', 'jpegls_near', 'jpeg2000_lossy', 'htj2k_lossy') # values come back changed
 _NAMES = {uid: name for name, uid in SYNTAXES.items()}
+_GE_BIG = '1.2.840.113619.5.2'   # GE's own: a little-endian header without VRs, the pixels' bytes turned (dcm2niix and GDCM know it)
 
 def _family(syntax):
     "The decoder that a syntax UID asks for: jpeg, jpegls, jpeg2000, htj2k, rle, or raw for what is not compressed."
@@ -63,6 +64,10 @@ _TAGS = {0x00080008: 'ImageType', 0x00080016: 'SOPClassUID', 0x00080060: 'Modali
          0x00180015: 'BodyPartExamined', 0x00181030: 'ProtocolName', 0x00180050: 'SliceThickness', 0x00181210: 'ConvolutionKernel',
          0x00180088: 'SpacingBetweenSlices', 0x0020000D: 'StudyInstanceUID', 0x0020000E: 'SeriesInstanceUID',
          0x00200011: 'SeriesNumber', 0x00200012: 'AcquisitionNumber', 0x00200013: 'InstanceNumber',
+         0x00080017: 'AcquisitionUID', 0x00083010: 'IrradiationEventUID', 0x00180010: 'ContrastBolusAgent', 0x00180060: 'KVP', 0x00181060: 'TriggerTime',
+         0x00181100: 'ReconstructionDiameter', 0x00181120: 'GantryDetectorTilt', 0x00181160: 'FilterType', 0x00185100: 'PatientPosition',
+         0x00189241: 'NominalPercentageOfCardiacPhase', 0x00189315: 'ReconstructionAlgorithm', 0x00200052: 'FrameOfReferenceUID',
+         0x00200100: 'TemporalPositionIdentifier', 0x00209056: 'StackID', 0x00209128: 'TemporalPositionIndex',
          0x00200032: 'ImagePositionPatient', 0x00200037: 'ImageOrientationPatient', 0x00201041: 'SliceLocation',
          0x00280002: 'SamplesPerPixel', 0x00280004: 'PhotometricInterpretation', 0x00280008: 'NumberOfFrames',
          0x00280010: 'Rows', 0x00280011: 'Columns', 0x00280030: 'PixelSpacing', 0x00280100: 'BitsAllocated',
@@ -132,7 +137,7 @@ def _header(buf, whole):
     # some writers say one encoding and use the other: the first element tells, its VR is two capitals or a length
     vr = buf[i+4:i+6]
     r = _Reader(buf, vr.isalpha() and vr.isupper(), syntax != SYNTAXES['big_endian'])
-    if syntax == SYNTAXES['big_endian']: h['big'] = True
+    if syntax in (SYNTAXES['big_endian'], _GE_BIG): h['big'] = True
     end = len(buf)
     while i < end or not whole:
         try: tag, vr, length, i = r.element(i)
@@ -182,6 +187,7 @@ class Damaged(Exception): "Pixels that are not all there or do not decode."
 
 _STORAGE = '1.2.840.10008.5.1.4.1.1.'   # what a SOP class of images, reports, ... begins with (PS3.4, B.5)
 _CT_CLASSES = (f'{_STORAGE}2', f'{_STORAGE}2.1', f'{_STORAGE}2.2')
+_PLACED = 'ImagePositionPatient', 'PixelSpacing', 'RescaleSlope'   # with these a secondary capture is as good as a slice
 _SIDE = 8192            # rows or columns; the largest CT matrix sold is 2048 (from memory)
 _FRAMES = 20000         # in one file
 _STEEP, _FAR = 1000, 1e5 # HU: a slope and an intercept that no CT has
@@ -189,7 +195,7 @@ _STEEP, _FAR = 1000, 1e5 # HU: a slope and an intercept that no CT has
 class CTSlice:
     "One frame of one file: what its header says, in numbers. `None` is what is not said or makes no sense."
     def __init__(self, path, h, frame=0, where=None):
-        self.path, self.h, self.frame, self.where = path, h, frame, where
+        self.path, self.h, self.frame, self.where, self.swapped = path, h, frame, where, False
         number = lambda k, default: self.floats(k, 1)[0] if self.floats(k, 1) is not None else default
         self.size, self.pixel = (h['Rows'], h['Columns']), self.floats('PixelSpacing', 2)
         self.position, o = self.floats('ImagePositionPatient', 3), self.floats('ImageOrientationPatient', 6)
@@ -254,7 +260,7 @@ def read_header(
         if 'pydicom' in h and modality not in _NO_IMAGE_OF: raise Unusable(f'has a damaged header ({h["pydicom"]})') # it stopped early
         raise Unusable(_NO_IMAGE_OF.get(modality, 'holds no image'), 'damaged' if modality == 'CT' else 'no image')
     if max(h['Rows'], h['Columns']) > _SIDE: raise Unusable(f'has a damaged header ({h["Rows"]} x {h["Columns"]} pixels)')
-    if kind.startswith(f'{_STORAGE}7'): raise Unusable('is a secondary capture (a screenshot)', 'picture')
+    if kind.startswith(f'{_STORAGE}7') and not (modality == 'CT' and all(h.get(k) for k in _PLACED) and (h.get('SamplesPerPixel') or 1) == 1): raise Unusable('is a secondary capture (a screenshot)', 'picture')
     if modality not in ('CT', ''): raise Unusable(f'is {printable(modality)}, not CT', 'modality')
     if not modality and kind.startswith(_STORAGE): raise Unusable(f'is {_class_name(kind)}, not CT', 'modality')
     if (h.get('SamplesPerPixel') or 1) != 1 or (h.get('PhotometricInterpretation') or 'M')[0] != 'M':
@@ -294,7 +300,10 @@ def printable(
 _GROUPS = dict(PlanePositionSequence='ImagePositionPatient', PlaneOrientationSequence='ImageOrientationPatient',
                PixelMeasuresSequence='PixelSpacing SliceThickness SpacingBetweenSlices',
                PixelValueTransformationSequence='RescaleIntercept RescaleSlope RescaleType',
-               CTImageFrameTypeSequence='FrameType', FrameContentSequence='FrameAcquisitionNumber InStackPositionNumber')
+               CTImageFrameTypeSequence='FrameType', CTReconstructionSequence='ConvolutionKernel ReconstructionAlgorithm ReconstructionDiameter',
+               CTXRayDetailsSequence='KVP FilterType', CardiacSynchronizationSequence='NominalPercentageOfCardiacPhase',
+               IrradiationEventIdentificationSequence='IrradiationEventUID', FrameAnatomySequence='',
+               FrameContentSequence='FrameAcquisitionNumber InStackPositionNumber StackID TemporalPositionIndex')
 _PLAIN = dict(FrameType='ImageType', FrameAcquisitionNumber='AcquisitionNumber', InStackPositionNumber='InstanceNumber')
 
 def _group_values(groups):

@@ -20,9 +20,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import generate_uid
 
-from .acquired import Acquired, lay_out, standardize
+from .acquired import Acquired, lay_out, nifti_affine, standardize
 from .ctfile import LOSSY, SYNTAXES, Damaged, Decoders, Unusable, encode_frame, printable, read_header, stored_values
 from .presets import CspineError, progress
+from .series import best_group, comb, few_names, groups, is_scout, plural, woven
+from .values import LEAST, OFFSET, Reading, is_ct, one_that_is_ct, other_slices, sample, what_is_odd
 
 # %% ../nbs/01_dicom.ipynb #f16dead9
 @dataclass
@@ -126,32 +128,46 @@ def _ds(v):
 def _pad(s):
     "The range of stored values that mean 'outside the scan', or None; tissue's own values are never taken for that."
     lo = s.h.get('PixelPaddingValue')
-    if lo is None: return None
+    if lo is None or (not s.signed and lo >> s.bits): return None   # more than the bits can hold: `_above`
     limit = s.h.get('PixelPaddingRangeLimit')
     lo, hi = sorted(_fold(v, s) for v in (lo, lo if limit is None else limit))
     hu = [(1 if s.slope is None else s.slope)*v + (s.intercept or 0) for v in (lo, hi)]
     return None if max(hu) > -1000 and min(hu) < 3000 else (lo, hi)
+
+def _above(raw, s):
+    "Where one value stands that the stored bits cannot hold: padding. Drawings in the bits above (group 6000, once) are many values"
+    if s.signed or raw.dtype.kind != 'u' or raw.dtype.itemsize != 2 or s.high != s.bits - 1 or s.bits > 15: return None
+    above = raw > (1 << s.bits) - 1
+    if not above.any(): return None
+    values = raw[above]
+    if (values != values[0]).any(): return None
+    s.h['padding'] = int(values[0])
+    return above
 
 def _fold(v, s):
     v &= (1 << s.bits) - 1
     return v - (1 << s.bits) if s.signed and v >> (s.bits - 1) else v
 
 def _folded(a, s):
-    "Stored values without what lies above BitsStored; the sign is the highest stored bit (PS3.5, 8.1.1)."
+    "Stored values without what lies above BitsStored; the sign is the highest stored bit (PS3.5, 8.1.1), or what a code stream says."
+    signed = s.signed or a.dtype.kind == 'i'   # of a JPEG 2000 stream, whatever the header says; others know no sign
+    if signed and not s.signed: s.h['signed stream'] = True
     wide = 16 if a.dtype.itemsize <= 2 else 32
     a = a.astype(f'u{wide//8}' if a.dtype.kind == 'u' else f'i{wide//8}', copy=False)
     if s.high != s.bits - 1 and s.h.get('length') != 0xFFFFFFFF: a = a >> (s.high + 1 - s.bits) # not in a code stream
     if s.bits < wide:
-        if s.signed: a = a.view(f'i{wide//8}') << (wide - s.bits) >> (wide - s.bits)
+        if signed: a = a.view(f'i{wide//8}') << (wide - s.bits) >> (wide - s.bits)
         else: a = a & a.dtype.type((1 << s.bits) - 1)
-    return a.view(f'i{wide//8}' if s.signed else f'u{wide//8}')
+    return a.view(f'i{wide//8}' if signed else f'u{wide//8}')
 
 def _hu(s, decode):
     "A slice in HU, (rows, columns) int16: slope * stored + intercept, declared padding as air."
-    a, pad = _folded(stored_values(s, decode), s), _pad(s)
-    outside = (a >= pad[0]) & (a <= pad[1]) if pad else None
+    raw, pad = stored_values(s, decode), _pad(s)
+    if s.swapped: raw = raw.byteswap()
+    a = _folded(raw, s)
+    outside = (a >= pad[0]) & (a <= pad[1]) if pad else _above(raw, s)
     slope, intercept = 1. if s.slope is None else s.slope, s.intercept or 0.
-    lo, hi = (-1 << s.bits - 1, (1 << s.bits - 1) - 1) if s.signed else (0, (1 << s.bits) - 1)
+    lo, hi = (-1 << s.bits - 1, (1 << s.bits - 1) - 1) if a.dtype.kind == 'i' else (0, (1 << s.bits) - 1)
     if (slope == 1 and intercept == int(intercept) and abs(intercept) < 32768 and a.dtype.itemsize == 2 # what fits, by its
         and (lo + intercept >= -32768 or a.min() + intercept >= -32768)                                # bits or as it is
         and (hi + intercept <= 32767 or a.max() + intercept <= 32767)):
@@ -161,11 +177,6 @@ def _hu(s, decode):
     return hu
 
 # %% ../nbs/01_dicom.ipynb #c1cff770
-def _names(paths, n=3):
-    "The first few file names, and how many more."
-    paths = [getattr(p, 'name', p) for p in paths]
-    return ', '.join(paths[:n]) + (f' and {len(paths)-n} more' if len(paths) > n else '')
-
 def _natural(path): return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', str(path))]
 
 def study_files(
@@ -183,8 +194,6 @@ def study_files(
         found += [p for n in names if not n.startswith('.') and (p := Path(at)/n).is_file()]
     return sorted(found, key=_natural)
 
-def _plural(n, word): return f'{n} {word}' if n == 1 else f'{n} {word}s'
-
 def _find_slices(folder, files, notes):
     "Every CT slice among the files of the folder, and a note on what else lies there."
     slices, unusable, kinds, damaged = [], {}, set(), 0
@@ -193,99 +202,24 @@ def _find_slices(folder, files, notes):
         except Unusable as e:
             unusable.setdefault(str(e), []).append(p); kinds.add(e.kind)
             damaged += e.kind == 'damaged' or str(e) == 'is empty'
-    why = '; '.join(f'{_names(ps)}{": each" if len(ps) > 1 else ""} {reason}' for reason, ps in unusable.items())
+    why = '; '.join(f'{few_names(ps)}{": each" if len(ps) > 1 else ""} {reason}' for reason, ps in unusable.items())
     if not slices:
         kind = (DamagedSeries if 'damaged' in kinds else NotCT if 'modality' in kinds else NoSeries if 'picture' in kinds else
                 NoPixels if kinds & {'no image', 'no spacing'} else NoDicom)
         raise kind(f'{folder} holds no CT slice that can be read: {why}. Give a folder of CT slices in DICOM files.')
     if damaged > max(1, _SPOILED*(damaged + len(slices))):
         raise DamagedSeries(f'{damaged} of {damaged + len(slices)} files in {folder} are damaged: {why}. Copy the study again.')
-    if unusable: notes.append(f'left out {_plural(sum(map(len, unusable.values())), "file")}: {why}')
+    if unusable: notes.append(f'left out {plural(sum(map(len, unusable.values())), "file")}: {why}')
     if any(not s.h.get('Modality') for s in slices): notes.append('files do not say their modality; taken for CT')
     return slices
 
 _SPOILED = .1   # share of damaged slices from which a series is no longer mended
-# words of English, Latin and German; a word that goes on (HWS_Trauma) counts, the end of another (thoracic spine) does not
-_NECK = re.compile(r'(?<![a-z])(neck|cervi|c[ _-]?spine|(hals|hws|csp)(?![a-z]))', re.I)
-_ELSEWHERE = re.compile(r'(?<![a-z])(head|brain|skull|sinus|kopf|chest|thora|lung|abdom|pelvi|lumb|[tl][ _-]?spine|'
-                        r'(knee|hip|heart|leg|foot|hand|bws|lws)(?![a-z]))', re.I)
-_MADE_UP = {'MIP', 'MINIP', 'PROJECTION IMAGE', 'VRT', '3D', 'SCREEN SAVE'}   # ImageType: no slices of the scan itself
-
-def _says_neck(g):
-    "1 where a series calls itself one of the neck, -1 where it names another part of the body, 0 where it says neither."
-    text = ' '.join(g[0].h.get(k) or '' for k in ('BodyPartExamined', 'SeriesDescription', 'ProtocolName'))
-    return 1 if _NECK.search(text) else -1 if _ELSEWHERE.search(text) else 0
-
-def _series(g):
-    "A series in words: its number, its description, how many slices."
-    said = printable(g[0].h.get('SeriesDescription') or '')
-    return f'series {g[0].number:g}{f" {said!r}" if said else ""} ({_plural(len(g), "slice")} of {g[0].size[0]}x{g[0].size[1]})'
-
-def _of_bone(g): return bool(re.search('bone|knochen', f"{g[0].h.get('SeriesDescription')} {g[0].h.get('ConvolutionKernel')}", re.I))
-
-def _types(s): return set(s.h.get('ImageType', '').upper().split('\\'))
-
-# what the slices of one volume share, and whether two of them do
-_ALIKE = dict(size=lambda a, b: a.size == b.size, spacing=lambda a, b: np.allclose(a.pixel, b.pixel, rtol=1e-3, atol=0),
-              orientation=lambda a, b: (a.orientation is None) == (b.orientation is None) and np.allclose(a.orientation or 0, b.orientation or 0, rtol=0, atol=.01),
-              position=lambda a, b: (a.position is None) == (b.position is None), kernel=lambda a, b: a.h.get('ConvolutionKernel') == b.h.get('ConvolutionKernel'),
-              kind=lambda a, b: ('LOCALIZER' in _types(a)) == ('LOCALIZER' in _types(b)))
-
-def _groups(slices, notes):
-    "The slices by series, and within one by what makes a volume."
-    groups = []
-    series = {}
-    for s in slices: series.setdefault(s.h.get('SeriesInstanceUID'), []).append(s)
-    if len(series) > 2 and all(len(g) == 1 for g in series.values()) and all(_ALIKE[k](slices[0], s) for k in ('size', 'spacing', 'orientation') for s in slices):
-        notes.append(f'each of the {len(slices)} slices names a series of its own; taken as one')
-        series = {None: slices}
-    for g in series.values():
-        turned = [s for s in g if s.orientation is not None]
-        if len(turned) < len(g) < 2*len(turned):
-            lost = [s for s in g if s.orientation is None]
-            notes.append(f"{_plural(len(lost), 'slice')} without an orientation; took the other slices': {_names(lost)}")
-            for s in lost: s.orientation = turned[0].orientation
-        parts = []
-        for s in g:
-            same = next((p for p in parts if all(alike(p[0], s) for alike in _ALIKE.values())), None)
-            if same is None: parts.append([s])
-            else: same.append(s)
-        for p in parts: groups += _runs(p)
-    return groups
-
-def _runs(g):
-    "A series that holds the same place of the body twice, as two phases of contrast do, by acquisition."
-    runs = {}
-    for s in g: runs.setdefault(s.acquisition, []).append(s)
-    if len(runs) == 1 or g[0].position is None or g[0].orientation is None: return [g]
-    ends = sorted((min(h), max(h)) for r in runs.values() if len(r) > 9 for h in [[float(np.dot(s.position, s.normal)) for s in r]])
-    twice = any(b[0] < a[1] and min(a[1], b[1]) - b[0] > .5*min(a[1] - a[0], b[1] - b[0]) for a, b in zip(ends, ends[1:]))
-    return list(runs.values()) if twice else [g]
 
 def _pick_group(slices, folder, notes):
     "The slices of the series that is the neck volume, all of one size, spacing and orientation."
-    groups = _groups(slices, notes)
-    scout = lambda g: 'LOCALIZER' in _types(g[0])
-    if all(map(scout, groups)): raise NoSeries(f'{folder} holds scout views only ({_names(slices)}); give a folder with the slices themselves.')
-    enough = min(10, max(len(g) for g in groups if not scout(g))/3)
-    # in the order in which they decide, each with its reason in words
-    ranks = [('the others are scouts', lambda g: not scout(g)), ('the others are a few slices only', lambda g: len(g) >= enough),
-             ('the others are projections', lambda g: not _types(g[0]) & _MADE_UP), ('the others name another part of the body', lambda g: _says_neck(g) >= 0),
-             ('it is axial', lambda g: g[0].axial), ('its description names the neck', lambda g: _says_neck(g) > 0),
-             ('the others are derived', lambda g: 'DERIVED' not in _types(g[0])), ('it has the most slices', len), ('it is of a bone kernel', _of_bone),
-             ('it has the lowest series number', lambda g: -g[0].number), ('it was acquired first', lambda g: -g[0].acquisition)]
-    best, *others = sorted(groups, key=lambda g: [rank(g) for _, rank in ranks], reverse=True)
-    uid = best[0].h.get('SeriesInstanceUID')
-    other = [g for g in others if g[0].h.get('SeriesInstanceUID') != uid]
-    odd = [g for g in others if g[0].h.get('SeriesInstanceUID') == uid]
-    if other:
-        why = next((why for why, rank in ranks if rank(best) != rank(other[0])), 'it comes first')  # the best of the others
-        notes.append(f'more than one series in the folder: took {_series(best)}, because {why}; '
-                     f'left out {", ".join(map(_series, other[:4]))}{f" and {len(other)-4} more" if len(other) > 4 else ""}')
-    for g in odd:
-        what = [k for k, alike in _ALIKE.items() if not alike(best[0], g[0])] or ['acquisition']
-        notes.append(f'kept the {len(best)} slices of {best[0].size[0]}x{best[0].size[1]} pixels, left out {len(g)} of another {" and ".join(what)}: {_names(g)}')
-    return best
+    found = groups(slices, notes)
+    if all(map(is_scout, found)): raise NoSeries(f'{folder} holds scout views only ({few_names(slices)}); give a folder with the slices themselves.')
+    return best_group(found, notes)
 
 def _place(slices, notes):
     "Give every slice an orientation and a position, by whatever says most about the order."
@@ -317,7 +251,7 @@ def _stack(slices, notes):
         if stack and abs(at(s) - at(stack[-1][0])) < .015: stack[-1].append(s)  # mm; closer is the same place
         else: stack.append([s])
     doubles = [s for same in stack for s in same[1:]]
-    if doubles: notes.append(f'left out {_plural(len(doubles), "slice")} at a position that another holds: {_names(doubles)}')
+    if doubles: notes.append(f'left out {plural(len(doubles), "slice")} at a position that another holds: {few_names(doubles)}')
     if len(stack) == 1:
         known = 'its thickness' if slices[0].thickness else 'no thickness given, so 1 mm'
         notes.append(f'one slice only; {known} is the spacing')
@@ -333,7 +267,10 @@ def _notes_on_values(slices, notes):
         notes.append('MONOCHROME1: meant to be shown inverted; the values are read as HU all the same')
     kinds = {s.h.get('RescaleType') or 'HU' for s in slices} - {'HU'}
     if kinds: notes.append(f'values are said to be in {", ".join(sorted(kinds))}, not HU')
-    if any(s.h.get('PixelPaddingValue') is not None and _pad(s) is None for s in slices):
+    above = {s.h['padding']: s.bits for s in slices if 'padding' in s.h}
+    for value, bits in above.items(): notes.append(f'values of {value}, which {bits} bits cannot hold: padding, taken for air')
+    if any(s.h.get('signed stream') for s in slices): notes.append('PixelRepresentation is 0, but the code streams hold signed values; read as these')
+    if not above and any(s.h.get('PixelPaddingValue') is not None and _pad(s) is None for s in slices):
         notes.append("the declared padding value is a tissue's own value; left as it is")
 
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -347,12 +284,17 @@ def _decode(same, decode):
         except OSError as e: why = why or f'{s.name} cannot be read ({e.strerror or e})'
     return None, why
 
-_LPS = np.diag([-1., -1, 1, 1])  # NIfTI's axes are RAS
 _VOXELS = 1 << 31                # 4 GiB of int16
 
 def _is_nifti(path): return path.name.lower().endswith(('.nii', '.nii.gz'))
 
-def _read_nifti(path):
+def _sheared(affine):
+    "The axis along which slices are stacked askew, in `affine` (of a tilted gantry, say); None where all are at right angles"
+    u = affine[:3, :3]/np.linalg.norm(affine[:3, :3], axis=0)
+    off = {k: abs(float(u[:, (k+1) % 3] @ u[:, (k+2) % 3])) for k in range(3)}   # of the plane across k
+    return None if max(off.values()) < np.sin(np.radians(.5)) else min(off, key=off.get)
+
+def _read_nifti(path, straighten=True):
     "A NIfTI file as a `Volume`, standard axes by its affine; its values are taken for HU."
     import nibabel as nib
     try:
@@ -360,25 +302,56 @@ def _read_nifti(path):
         shape = img.shape[:3] if img.ndim == 4 and img.shape[3] == 1 else img.shape
         if len(shape) != 3: raise NiftiError(f'{path} has {len(shape)} dimensions; give a scan, which has 3.')
         if not 0 < np.prod(shape, dtype=float) <= _VOXELS: raise NiftiError(f'{path} says it has {shape} voxels; its header is damaged.')
-        affine = _LPS @ img.affine
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-            raise NiftiError(f'{path} has no usable affine; write its sform or qform.')
+        try: affine = nifti_affine(img)
+        except CspineError as e: raise NiftiError(f'{path} cannot be used: {e}.') from None
         raw, slope, inter = np.asanyarray(img.dataobj.get_unscaled()).reshape(shape), img.dataobj.slope, img.dataobj.inter
         if raw.dtype.kind not in 'iuf': raise NiftiError(f'{path} holds {raw.dtype}, not numbers; give a scan.')
     except NiftiError: raise
     except Exception as e: raise NiftiError(f'{path} cannot be read as NIfTI ({type(e).__name__}: {e}); copy it again.') from None
     if not (img.header['sform_code'] or img.header['qform_code']): notes.append('no orientation in the NIfTI header; axes taken as right, front, head')
-    standard, new, acquired = standardize(affine, shape)
+    if (unit := img.header.get_xyzt_units()[0]) in ('meter', 'micron'): notes.append(f'the NIfTI header is in units of {unit}; brought to mm')
+    a, raw, affine = _nifti_slices(raw, affine, straighten, notes)
+    standard, new, acquired = standardize(affine if a is None else a.affine, raw.shape if a is None else a.shape)
     hu = np.empty(new, 'i2')
-    view, lost = acquired(hu), 0
-    for k in range(shape[2]):
-        a = raw[:, :, k]*float(slope) + float(inter)
-        bad = ~np.isfinite(a)
-        if bad.any(): lost += int(bad.sum()); a[bad] = -1024
-        view[:, :, k] = np.clip(np.rint(a), -32768, 32767)
-    if lost: notes.append(f'{_plural(lost, "voxel")} without a number, taken for air')
-    if hu.min() > -500: notes.append(f'the lowest value is {hu.min()}: no air, so these may not be Hounsfield units')
-    return Volume(hu, standard + 0., re.sub(r'\.nii(\.gz)?$', '', path.name, flags=re.I), notes)
+    def fill(raw, slope, inter):
+        view, lost, n = acquired(hu), 0, raw.shape[0 if a else 2]
+        for k in range(n):
+            frame = (raw[k] if a else raw[:, :, k])*float(slope) + float(inter)
+            bad = ~np.isfinite(frame)
+            if bad.any(): lost += int(bad.sum()); frame[bad] = -1024
+            if a: view[int(a.at[k])] = _int16(a.place(frame, k))
+            else: view[:, :, k] = _int16(frame)
+        return lost
+    if lost := fill(raw, slope, inter): notes.append(f'{plural(lost, "voxel")} without a number, taken for air')
+    if hu.size >= LEAST and not is_ct(some := sample(hu)):
+        ways = [(f'the values are {OFFSET} above Hounsfield units', raw, slope, inter - OFFSET)]
+        if raw.dtype.kind == 'u': ways.append((f'the data type is {raw.dtype}, but the values are signed numbers', raw.view(f'i{raw.dtype.itemsize}'), slope, inter))
+        good = [w for w in ways if is_ct(sample(w[1].astype(float))*float(slope) + float(w[3]))]
+        if len(good) == 1: fill(*good[0][1:]); notes.append(f'{good[0][0]}: read so')
+        else: notes += [f'these may not be Hounsfield units: {odd}' for odd in what_is_odd(some)]
+    elif hu.size >= LEAST: notes += what_is_odd(some)
+    elif hu.min() > -500: notes.append(f'the lowest value is {hu.min()}: no air, so these may not be Hounsfield units')
+    return Volume(hu, standard + 0., re.sub(r'\.nii(\.gz)?$', '', path.name, flags=re.I), notes, a)
+
+def _nifti_slices(raw, affine, straighten, notes):
+    "Where each slice of a sheared file comes to lie, the array as (slices, rows, columns), and its affine; (None, as it was) for others"
+    k = _sheared(affine)
+    if k is None: return None, raw, affine
+    rows, columns = ((k + 1) % 3, (k + 2) % 3) if k != 1 else (2, 0)
+    raw, affine = raw.transpose(k, rows, columns), affine[:, [k, rows, columns, 3]]
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    row, column = affine[:3, 2]/sides[2], affine[:3, 1]/sides[1]   # directions of ImageOrientationPatient
+    if abs(row @ column) > .01:
+        notes.append('no two axes of the NIfTI file are at right angles; left as it is')
+        return None, raw, affine
+    if affine[:3, 0] @ np.cross(row, column) < 0:                  # slices rise along the normal
+        affine[:3, 3] += affine[:3, 0]*(len(raw) - 1)
+        affine[:3, 0] *= -1
+        raw = raw[::-1]
+    P = affine[:3, 3] + np.arange(len(raw))[:, None]*affine[:3, 0]
+    a, _, said = lay_out([f'slice {i + 1}' for i in range(len(raw))], P, (*row, *column), (sides[1], sides[2]), raw.shape[1:], sides[0], straighten)
+    notes += said
+    return a, raw, affine
 
 def read_series(
     folder,                 # a folder of DICOM files, or one file: multi-frame DICOM or NIfTI
@@ -402,29 +375,115 @@ def read_series(
         if not nifti: raise
         found = []
     if not found:
-        if len(nifti) > 1: raise NiftiError(f'{folder} holds {len(nifti)} NIfTI files ({_names(nifti)}); give one of them.')
-        return _read_nifti(nifti[0])
+        if len(nifti) > 1: raise NiftiError(f'{folder} holds {len(nifti)} NIfTI files ({few_names(nifti)}); give one of them.')
+        return _read_nifti(nifti[0], straighten)
     places = {(s.path.parent, s.h.get('StudyInstanceUID')) for s in found}
     if (n := len({uid for _, uid in places})) > 1 and len({at for at, _ in places}) == len(places): notes.append(f'{n} studies in the folder; `cspine submit --data` takes a folder of studies')
-    if nifti: notes.append(f'left out {_plural(len(nifti), "NIfTI file")} beside the slices: {_names(nifti)}')
+    if nifti: notes.append(f'left out {plural(len(nifti), "NIfTI file")} beside the slices: {few_names(nifti)}')
     slices = _pick_group(found, folder, notes)
     _place(slices, notes)
-    stack, first = _stack(slices, notes), slices[0]
-    a, keep, said = lay_out([same[0].name for same in stack], [same[0].position for same in stack], first.orientation,
-                            first.pixel, first.size, first.thickness or 1., straighten, even)
-    stack, notes = stack[keep], notes + said
+    stack = _one_comb(_stack(slices, notes), notes)
+    made = partial(_volume, folder=folder, straighten=straighten, even=even, workers=workers)
+    v, used, said = made(stack)
+    v, used, said = _right_values(v, used, said, lambda: made(stack), notes)
+    v, used, said = _one_of_two(v, used, said, made, notes)
+    _notes_on_values([same[0] for same in used if 'cut' not in same[0].h], notes)
+    some = v.hu[::4, ::8, ::8]
+    if v.hu.size > 1 and (some == some.flat[0]).all() and v.hu.min() == v.hu.max(): said.append(f'all values are {v.hu.flat[0]}: no picture, or a rescale that gives no Hounsfield units')
+    v.uid, v.notes = slices[0].h.get('StudyInstanceUID') or folder.name, notes + said
+    return v
+
+def _volume(stack, folder, straighten, even, workers):
+    "The volume of a stack of slices, the part of the stack that it holds, and notes"
+    first = stack[0][0]
+    a, keep, notes = lay_out([same[0].name for same in stack], [same[0].position for same in stack], first.orientation,
+                             first.pixel, first.size, first.thickness or 1., straighten, even)
+    stack = stack[keep]
     a.files = [str(same[0].path.relative_to(folder)) for same in stack]
     if np.prod(a.shape, dtype=float) > _VOXELS:
         raise DicomError(f'{folder} would make a volume of {" x ".join(map(str, a.shape))} voxels, more than {_VOXELS:,}; '
                          'give a folder with fewer slices, or read it with even=False.')
-    _notes_on_values([same[0] for same in stack if 'cut' not in same[0].h], notes)
     affine, shape, acquired = standardize(a.affine, a.shape)
     hu = np.empty(shape, 'i2')
     with ThreadPoolExecutor(max(1, workers or min(8, _cores()))) as pool: _fill(acquired(hu), a, stack, pool, folder, notes)
-    some = hu[::4, ::8, ::8]
-    if hu.size > 1 and (some == some.flat[0]).all() and hu.min() == hu.max(): notes.append(f'all values are {hu.flat[0]}: no picture, or a rescale that gives no Hounsfield units')
-    if (some < -1500).mean() > .02 and (hu < -1500).mean() > .02: notes.append(f'values down to {some.min()} HU: padding that the files do not declare; left as it is')
-    return Volume(hu, affine + 0., first.h.get('StudyInstanceUID') or folder.name, notes, a)  # + 0.: no -0 in print
+    return Volume(hu, affine + 0., acquired=a), stack, notes   # + 0.: no -0 in print
+
+def _one_comb(stack, notes):
+    "Of slices that lie in combs, one inside the other, those of the first"
+    n = stack[0][0].normal
+    p = comb([float(same[0].position @ n) for same in stack])
+    if p == 1: return stack
+    combs = sorted((stack[i::p] for i in range(p)), key=lambda c: (-len(c), c[0][0].acquisition, c[0][0].instance or 0))
+    notes.append(f'{p} volumes, one inside the other: slices lie at {p} distances in turn; took {_a_comb(combs[0])}, left out {len(stack) - len(combs[0])}')
+    return combs[0]
+
+def _a_comb(stack): return f'the {len(stack)} slices from {stack[0][0].name} to {stack[-1][0].name}'
+
+def _one_of_two(v, stack, said, made, notes):
+    "Where the voxels say that every other slice belongs to another volume, one of the two"
+    steps = np.diff(v.acquired.at)
+    if len(steps) < 11 or not (steps == 1).all(): return v, stack, said
+    why = woven(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu))
+    if not why: return v, stack, said
+    one, other = sorted((stack[::2], stack[1::2]), key=lambda c: (-len(c), c[0][0].acquisition, c[0][0].instance or 0))
+    notes.append(f'two volumes, one inside the other ({why}): took {_a_comb(one)}, left out {len(other)}')
+    return made(one)
+
+_FEW = 5   # slices to try another reading on
+
+def _readings(slices):
+    "Other ways to read the stored values of slices"
+    first, out = slices[0], []
+    def other(what, **change):
+        def apply(s):
+            for k, value in change.items(): setattr(s, k, value)
+        out.append(Reading(what, apply))
+    said = first.h.get('PixelRepresentation')
+    if not first.signed:
+        for bits in sorted({first.bits, 12}):
+            if bits <= first.bits: other(f'PixelRepresentation is {"missing" if said is None else said}, but the values are signed numbers of {bits} bits', signed=True, bits=bits, high=bits - 1)
+    else: other('PixelRepresentation is 1, but the values are unsigned', signed=False)
+    if first.high != first.bits - 1:
+        other(f'HighBit is {first.high}, but the values are in the lowest {first.bits} bits', high=first.bits - 1)
+        other(f'HighBit is {first.high}, but the values are in the lowest {first.bits} bits, and signed', high=first.bits - 1, signed=True)
+    other('the bytes of the pixels are in the other order than the file says', swapped=True)
+    if all((s.slope, s.intercept) == (first.slope, first.intercept) for s in slices) and (first.intercept or 0) > -OFFSET/2:
+        other(f'the values are {OFFSET} above Hounsfield units, which the rescale intercept should have taken off', intercept=(first.intercept or 0.) - OFFSET)
+    return out
+
+def _right_values(v, stack, said, again, notes):
+    "Read the slices otherwise, where their values are no CT and the one other way makes a CT of them; say what is odd about the rest"
+    if v.hu.size < LEAST:
+        if (v.hu < -1500).mean() > .02: said.append(f'values down to {v.hu.min()} HU: padding that the files do not declare; left as it is')
+        return v, stack, said
+    some = sample(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu))
+    slices = [s for same in stack for s in same]
+    lifted = other_slices(some) if len(some) == len(stack) else np.zeros(1, bool)
+    if lifted.any():
+        odd = [s for same, up in zip(stack, lifted) if up for s in same]
+        for s in odd: s.intercept = (s.intercept or 0.) - OFFSET
+        notes.append(f'{plural(int(lifted.sum()), "slice")} lie {OFFSET} above the others, without a rescale of their own: brought down ({few_names(odd)})')
+    elif not is_ct(some):
+        few = [same[0] for same in stack[::max(1, len(stack)//_FEW)][:_FEW]]
+        with Decoders() as decode:
+            def tried(r):
+                were = [dict(vars(s)) for s in few]
+                try:
+                    for s in few: r.change(s)
+                    return sample(np.stack([_hu(s, decode) for s in few]))
+                except Damaged: return None
+                finally:
+                    for s, was in zip(few, were): vars(s).clear(); vars(s).update(was)
+            right = one_that_is_ct(_readings(few), tried)
+        if right is None:
+            notes += [f'these may not be Hounsfield units: {odd}' for odd in what_is_odd(some)]
+            return v, stack, said
+        for s in slices: right.change(s)
+        notes.append(f'{right.what}: read so')
+    else:
+        notes += what_is_odd(some)
+        return v, stack, said
+    return again()
 
 _AT_ONCE = 32   # slices in memory beside the volume
 
@@ -450,9 +509,9 @@ def _fill(view, a, stack, pool, folder, notes):
         for k in progress(in_order(), 'decoding slices', total=n):
             if k not in bad: fill(last, k); between.pop(last, None); last = k; continue
             why.append(bad[k])
-            if len(why) > _SPOILED*n: raise DamagedSeries(f'at least {len(why)} of {_plural(n, "slice")} in {folder} cannot be '
+            if len(why) > _SPOILED*n: raise DamagedSeries(f'at least {len(why)} of {plural(n, "slice")} in {folder} cannot be '
                                                     f'decoded: {"; ".join(why[:3])}. Copy the study again.')
         fill(last, None)
-    if why: notes.append(f'{_plural(len(why), "damaged slice")} filled from the neighbours: {"; ".join(why[:3])}')
+    if why: notes.append(f'{plural(len(why), "damaged slice")} filled from the neighbours: {"; ".join(why[:3])}')
 
 def _int16(a): return a if a.dtype == np.int16 else np.clip(np.rint(a), -32768, 32767).astype('i2')

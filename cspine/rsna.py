@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from .acquired import nifti_affine
 from .presets import LEVELS,TARGETS,CspineError
 
 # %% ../nbs/03_rsna.ipynb #04d9a57c
@@ -326,7 +327,8 @@ def read_mask(
     def unreadable(e): return MaskError(f'{path} cannot be read as NIfTI ({str(e) or type(e).__name__}): copy it again')
     try:
         img = nib.load(path)
-        shape,affine = img.shape,_RAS @ img.affine
+        shape,affine = img.shape,nifti_affine(img)
+    except CspineError as e: raise MaskError(f'{path} cannot be used: {e}') from None
     except FileNotFoundError: raise MaskError(f'{path} does not exist') from None
     except Exception as e: raise unreadable(e) from e
     if len(shape) == 4 and shape[3] == 1: shape = shape[:3]

@@ -50,6 +50,11 @@ def acquire(folder, heights, turn=np.eye(3), tilt=0, drift=None, names=None, dig
     return folder
 
 
+def said(volume):
+    """The notes, but for those on values: a scene has no air."""
+    return [n for n in volume.notes if not n.startswith('these may not be Hounsfield units')]
+
+
 def judge(folder, volume, n=40, seed=0):
     """By how many HU random voxels of every slice, by their headers, differ from `volume` at the same millimetres.
 

@@ -76,7 +76,7 @@ def test_files_that_are_no_slices_have_errors_of_their_own(tmp_path):
     for name, kind, words, how in (
             ('dose', NoPixels, 'is a report', dict(Modality='SR', remove=['PixelData', 'Rows', 'Columns'])),
             ('empty', NoPixels, 'holds no pixel data', dict(remove=['PixelData'])),
-            ('shot', NoSeries, 'secondary capture', dict(SOPClassUID='1.2.840.10008.5.1.4.1.1.7'))):
+            ('shot', NoSeries, 'secondary capture', dict(SOPClassUID='1.2.840.10008.5.1.4.1.1.7', ImagePositionPatient=None))):
         with pytest.raises(kind, match=words):
             read_series(study(name, **how))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydicom import dcmread
-from scenes import COLUMNS, EVEN, KINDS, ROWS, acquire, judge
+from scenes import COLUMNS, EVEN, KINDS, ROWS, acquire, judge, said
 
 from cspine.acquired import even_grid, lay_out
 from cspine.dicom import DicomError, Volume, read_series, write_series
@@ -21,7 +21,7 @@ def test_every_voxel_lies_where_its_header_says(tmp_path, kind):
     names = np.random.default_rng(5).permutation(len(how['heights']))
     folder = acquire(tmp_path, **how, names=names)
     volume = read_series(folder)
-    assert len(volume.notes) == len(words) and all(any(w in n for n in volume.notes) for w in words), volume.notes
+    assert len(said(volume)) == len(words) and all(any(w in n for n in said(volume)) for w in words), said(volume)
     off = judge(folder, volume)
     assert (off <= error).mean() > .999 and np.median(off) <= error/4, ((off <= error).mean(), off.max(), np.median(off))
     if error < 1 and kind not in ('gap', 'touching'):  # not one value changed
@@ -39,8 +39,8 @@ def test_left_as_it_is_where_asked(tmp_path, kind):
     how, _, words = KINDS[kind]
     folder = acquire(tmp_path, **how)
     volume = read_series(folder, straighten=False)
-    assert judge(folder, volume).max() < .51 and len(volume.notes) == len(words)   # the affine is sheared, the values are the files'
-    assert all('sheared' in n for n in volume.notes if 'tilted' in n)
+    assert judge(folder, volume).max() < .51 and len(said(volume)) == len(words)   # the affine is sheared, the values are the files'
+    assert all('sheared' in n for n in said(volume) if 'tilted' in n)
     stacked = read_series(folder, straighten=False, even=False)
     stored = {int(dcmread(p).pixel_array.sum()) for p in folder.glob('*.dcm')}
     assert len(stacked.hu) == len(stored) and {int(z.sum(dtype=int)) for z in stacked.hu} == stored
@@ -53,7 +53,7 @@ def test_a_damaged_slice_of_an_uneven_tilted_series(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-200])
     volume = read_series(folder)
-    assert '1 damaged slice filled from the neighbours: 9.dcm is cut off' in volume.notes
+    assert '1 damaged slice filled from the neighbours: 9.dcm is cut off' in said(volume)
     path.write_bytes(whole)
     assert judge(folder, volume).max() < 60  # over two steps, not one
 
@@ -61,7 +61,7 @@ def test_a_damaged_slice_of_an_uneven_tilted_series(tmp_path):
 def test_a_gap_that_is_too_long_is_not_filled(tmp_path):
     folder = acquire(tmp_path, np.r_[EVEN, -90 - 1.2*np.arange(12)])
     volume = read_series(folder)
-    assert len(volume.hu) == 30 and volume.notes == ['a gap of 55 mm is too long to fill; kept the 30 slices from 30.dcm to 1.dcm, left out 12 beyond it']
+    assert len(volume.hu) == 30 and said(volume) == ['a gap of 55 mm is too long to fill; kept the 30 slices from 30.dcm to 1.dcm, left out 12 beyond it']
     assert len(read_series(folder, even=False).hu) == 42
 
 
@@ -70,7 +70,7 @@ def test_slices_that_jump_aside_are_another_block(tmp_path):
     drift[20:, 0] = 60
     folder = acquire(tmp_path, EVEN, drift=drift)
     volume = read_series(folder)
-    assert volume.notes == ['slices jump aside after 21.dcm; kept the 20 slices from 20.dcm to 1.dcm, left out 10 beyond it']
+    assert said(volume) == ['slices jump aside after 21.dcm; kept the 20 slices from 20.dcm to 1.dcm, left out 10 beyond it']
     for k in range(21, 31): (folder/f'{k}.dcm').unlink()
     assert judge(folder, volume).max() < .51
 
@@ -84,7 +84,7 @@ def test_two_series_in_one_do_not_make_a_thousand_slices():
 def test_slices_all_over_the_place_are_not_straightened(tmp_path):
     drift = np.random.default_rng(0).uniform(-200, 200, (30, 2))
     volume = read_series(acquire(tmp_path, EVEN, drift=drift))
-    assert volume.shape == (30, ROWS, COLUMNS) and 'not straightened, they lie too far from each other' in volume.notes[0]
+    assert volume.shape == (30, ROWS, COLUMNS) and 'not straightened, they lie too far from each other' in said(volume)[0]
 
 
 @pytest.mark.parametrize('kind', ['tilted', 'head', 'head_tilted', 'gap', 'out_of_line', 'sagittal', 'tilted_prone'])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from pydicom import dcmread
-from scenes import EVEN, KINDS, acquire
+from scenes import EVEN, KINDS, acquire, said
 
 from cspine import cli
 from cspine.dicom import read_series, write_series
@@ -257,7 +257,7 @@ def test_a_folder_with_more_than_the_series(tmp_path):
     twice.save_as(folder/'c.dcm')
     write_series(np.zeros((5, 20, 20)), np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]], folder/'small', uid='1.2.3')
     volume = read_series(folder)
-    assert len(volume.notes) == 2 and len(volume.acquired.files) == 30, volume.notes
+    assert len(said(volume)) == 2 and len(volume.acquired.files) == 30, volume.notes
     write_labels(tmp_path/'l.dcm', bins(volume.hu), volume, folder)
     check_segmentation(tmp_path/'l.dcm', picked, lambda ds: bins(hu_of(ds)))
     assert len(dcmread(tmp_path/'l.dcm').ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 30
