@@ -495,7 +495,7 @@ def test_a_study_that_is_there_twice_is_answered(tmp_path, fake_reader):
 
 
 def test_importing_the_runner_does_not_load_torch():
-    code = "import cspine_submission, sys; sys.exit('torch' in sys.modules)"
+    code = "import cspine_submission.dry, cspine_submission.runner, cspine_submission.page, cspine.report, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
 
 
