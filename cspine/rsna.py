@@ -514,7 +514,6 @@ def versus_constant(
 
 def _auroc(y, p):
     "Chance that a positive is ranked above a negative (Mann-Whitney); nan if all are alike"
-    from scipy.stats import rankdata
     y,n1 = np.asarray(y),int(np.sum(y))
     n0 = len(y)-n1
-    return (rankdata(p)[y==1].sum() - n1*(n1+1)/2)/(n1*n0) if n0 and n1 else float('nan')
+    return (pd.Series(np.asarray(p)).rank().to_numpy()[y==1].sum() - n1*(n1+1)/2)/(n1*n0) if n0 and n1 else float('nan')

@@ -9,7 +9,6 @@ __all__ = ['BONE', 'midsagittal', 'View', 'view_of']
 import io
 from dataclasses import dataclass
 import numpy as np
-from .classification import strongest
 from .presets import LEVELS,TARGETS,CspineError
 from .windowing import WINDOWS,window
 
@@ -75,6 +74,7 @@ def view_of(
     prediction,     # Prediction, with its evidence or without
 ) -> View:
     "What a picture shows of a study"
+    from cspine.classification import strongest   # where there is a prediction, torch is loaded; a page that is drawn from views needs none of it
     p = prediction
     column = midsagittal(p.labels)
     at = np.full((7,3), np.nan) if p.heat is None else strongest(p.heat)
