@@ -7,7 +7,7 @@ __all__ = ['SYNTAXES', 'LOSSY', 'FRAME_LIMIT', 'encode_frame', 'Unusable', 'Dama
            'stream_size', 'Decoders', 'stored_values']
 
 # %% ../nbs/01_ctfile.ipynb #527cea9a
-import io, math, os, queue, socket, struct, subprocess, sys, threading, zlib
+import io, math, os, queue, socket, struct, subprocess, sys, threading, warnings, zlib
 
 import imagecodecs
 import numpy as np
@@ -76,6 +76,7 @@ _TAGS = {0x00080008: 'ImageType', 0x00080016: 'SOPClassUID', 0x00080060: 'Modali
          0x00281053: 'RescaleSlope', 0x00281054: 'RescaleType'}
 _WORDS = {'SamplesPerPixel', 'Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
           'PixelPaddingValue', 'PixelPaddingRangeLimit'}
+_NEEDED = 'RescaleSlope', 'RescaleIntercept', 'ImagePositionPatient', 'ImageOrientationPatient', 'PixelSpacing', 'BitsStored'
 _LONG = {b'OB', b'OD', b'OF', b'OL', b'OV', b'OW', b'SQ', b'SV', b'UC', b'UN', b'UR', b'UT', b'UV'} # PS3.5, 7.1.2
 _NO_VR = {b'\0\0', b'??', b'--', b'  '} # what writers put that know none; the length is the short one
 _PIXELS, _ITEM, _ITEM_END, _SEQUENCE_END, _UNDEFINED = 0x7FE00010, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD, 0xFFFFFFFF
@@ -97,13 +98,19 @@ class _Reader:
         if self.explicit:
             group, element, vr, length = self.short(self.buf, i)
             if group != 0xFFFE:
-                if vr not in _LONG:
+                if vr not in _LONG or (length and (group, element) != (0x7FE0, 0x10) and self.starts(i + 8 + length)):   # of those, writers that do not know them give 16 bits
                     if not vr.isalpha() and vr not in _NO_VR: raise ValueError(f'no value representation at byte {i}')
                     return group << 16 | element, vr, length, i + 8
                 if i + 12 > self.n: raise _CutOff
                 return group << 16 | element, vr, self.long(self.buf, i + 8)[0], i + 12
         group, element, length = self.implicit(self.buf, i)
         return group << 16 | element, b'', length, i + 8
+
+    def starts(self, i):
+        "Whether another element begins at byte `i`"
+        if i + 8 > self.n: return False
+        group, _, vr, _ = self.short(self.buf, i)
+        return group == 0xFFFE or (group > 2 and vr.isalpha() and vr.isupper())
 
     def skip(self, i, end, explicit=None, depth=0):
         "The byte after a sequence or an item of undefined length whose content begins at `i`."
@@ -134,19 +141,23 @@ def _header(buf, whole):
     if syntax == SYNTAXES['deflated']:
         if not whole: raise _CutOff
         h['deflated'], buf, i = i, _inflate(buf, i), 0
-    # some writers say one encoding and use the other: the first element tells, its VR is two capitals or a length
-    vr = buf[i+4:i+6]
-    r = _Reader(buf, vr.isalpha() and vr.isupper(), syntax != SYNTAXES['big_endian'])
-    if syntax in (SYNTAXES['big_endian'], _GE_BIG): h['big'] = True
-    end = len(buf)
+    # some writers say one encoding and use the other: the first element tells, its group is small, its VR is two capitals or a length
+    vr, little = buf[i+4:i+6], buf[i+1:i+2] == b'\0'
+    h['explicit'], h['little'] = vr.isalpha() and vr.isupper(), little
+    if not little or syntax == _GE_BIG: h['big'] = True
+    _walk(buf, i, h, whole)
+    h.setdefault('SOPClassUID', said.get(0x00020002)) # a DICOMDIR says what it is only there
+    return h
+
+def _walk(buf, i, h, whole):
+    "The elements from byte `i` on, up to the pixels, into `h`"
+    r, end = _Reader(buf, h['explicit'], h['little']), len(buf)
     while i < end or not whole:
         try: tag, vr, length, i = r.element(i)
         except _CutOff:
             if whole: h['cut'] = True; break
             raise
-        if tag >= _PIXELS:
-            if tag == _PIXELS: h['offset'], h['length'] = i, length
-            break
+        if tag == _PIXELS: h['offset'], h['length'] = i, length; break
         if length == _UNDEFINED: i = r.skip(i, _SEQUENCE_END, r.explicit and vr != b'UN'); continue
         if i + length > end:
             if not whole: raise _CutOff
@@ -155,8 +166,20 @@ def _header(buf, whole):
             if name in _WORDS: h[name] = r.word(buf, i)[0] if length >= 2 else None
             else: h[name] = str(buf[i:i+min(length, 1024)], 'latin-1').strip(' \0')
         i += length
-    h.setdefault('SOPClassUID', said.get(0x00020002)) # a DICOMDIR says what it is only there
-    return h
+
+def _after_pixels(f, h):
+    "What a slice needs and some writers put behind its pixels"
+    if all(h.get(k) for k in _NEEDED) or 'offset' not in h or 'deflated' in h: return
+    end = h['offset'] + h['length']
+    if h['length'] == _UNDEFINED: end = (_items(f, h['offset'], 100_000)[0] or [(0, h['offset'])])[-1][1] + 8   # and the end of the sequence
+    if f.seek(0, 2) - end < 8: return
+    f.seek(end)
+    more = {k: h[k] for k in ('explicit', 'little')}
+    try: _walk(f.read(_INFLATED), 0, more, True)
+    except (ValueError, struct.error): return   # bytes that fill a block
+    late = [k for k in more if k in _NEEDED and not h.get(k)]
+    for k in late: h[k] = more[k]
+    if late: h['odd'] = {f'{", ".join(late)} behind the pixels'}
 
 def _inflate(buf, i):
     "The data set of a deflated file (PS3.5, A.5)."
@@ -168,13 +191,26 @@ def _inflate(buf, i):
 
 def _header_pydicom(path, why):
     "The same by pydicom, for what `_header` does not follow; `why` it does not."
-    import pydicom
-    ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS.values()))
-    h = {k: ds.get(k) for k in _TAGS.values() if ds.get(k) is not None}
-    h = {k: int(v) if k in _WORDS else '\\'.join(map(str, v)) if isinstance(v, (list, pydicom.multival.MultiValue))
-         else str(v) for k, v in h.items()}
+    ds, h = _dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS.values())), dict(pydicom=why)
+    for tag, k in _TAGS.items():
+        if tag not in ds: continue
+        raw = ds.get_item(tag)   # as the file has it: what pydicom does not take for a number may be one
+        if not isinstance(raw.value, bytes): h[k] = int(raw.value) if k in _WORDS else _joined(raw.value)
+        elif k in _WORDS: h[k] = int.from_bytes(raw.value[:2], 'little' if raw.is_little_endian else 'big')
+        else: h[k] = str(raw.value[:1024], 'latin-1').strip(' \0')
     h['syntax'] = str(ds.file_meta.get('TransferSyntaxUID', SYNTAXES['implicit']))
-    return h | dict(pydicom=why) | (dict(big=True) if h['syntax'] == SYNTAXES['big_endian'] else {})
+    return h | (dict(big=True) if h['syntax'] == SYNTAXES['big_endian'] else {})
+
+def _joined(v): return '\\'.join(map(str, v)) if hasattr(v, '__iter__') and not isinstance(v, str) else str(v)
+
+_WARNINGS = threading.Lock()   # Python keeps one list of filters for all threads
+
+def _dcmread(path, **how):
+    "pydicom's reading, without its warnings on the user's screen"
+    import pydicom
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return pydicom.dcmread(path, force=True, **how)
 
 # %% ../nbs/01_ctfile.ipynb #f9cffe3f
 class Unusable(Exception):
@@ -220,7 +256,11 @@ class CTSlice:
 
     def floats(self, name, n):
         "The first `n` numbers of an element as a tuple, or None where it has none or they make no sense."
-        try: v = tuple(map(float, self.h.get(name, '').split('\\')[:n]))
+        text = self.h.get(name, '')
+        if text and ',' in text:   # in a decimal string (PS3.5, 6.2) it can only be meant for the point
+            text = text.replace(',', '.')
+            self.h.setdefault('odd', set()).add('numbers with a decimal comma, read as a point')
+        try: v = tuple(map(float, text.split('\\')[:n]))
         except (ValueError, AttributeError): return None
         return v if len(v) == n and all(map(math.isfinite, v)) else None
 
@@ -241,15 +281,22 @@ def read_header(
         with open(path, 'rb') as f:
             buf = f.read(_HEADER)
             if len(buf) == 0: raise Unusable('is empty', 'not DICOM')
-            if buf[128:132] != b'DICM' and buf[:2] not in (b'\x08\0', b'\2\0'): raise Unusable('is not DICOM', 'not DICOM')
-            try: h = _header(buf, len(buf) < _HEADER)
-            except _CutOff: h = _header(buf + f.read(), True)
+            sure = buf[128:132] == b'DICM' or buf[:2] in (b'\x08\0', b'\2\0')
+            if not sure and sorted(buf[:2])[0]: raise Unusable('is not DICOM', 'not DICOM')   # a first group of 3, 5 or 7 may be
+            try:
+                try: h = _header(buf, len(buf) < _HEADER)
+                except _CutOff: h = _header(buf + f.read(), True)
+            except Exception:
+                if not sure: raise Unusable('is not DICOM', 'not DICOM') from None
+                raise
+            if not sure and not h.get('SOPClassUID') and not h.get('Rows'): raise Unusable('is not DICOM', 'not DICOM')
+            _after_pixels(f, h)
+            _sniff(f, h)
     except OSError as e: raise Unusable(f'cannot be opened ({e.strerror})') from e
-    except _CutOff: raise Unusable('is cut off in its header') from None
     except Unusable: raise
     except Exception as ours:  # a header that our parser does not follow: what pydicom then says about it counts
-        try: h = _header_pydicom(path, str(ours) or type(ours).__name__)
-        except Exception as e: raise Unusable(f'has a damaged header ({type(e).__name__})') from e
+        try: h = _header_pydicom(path, 'is cut off in its header' if isinstance(ours, _CutOff) else f'has a damaged header ({str(ours) or type(ours).__name__})')
+        except Exception as e: raise Unusable('is cut off in its header' if isinstance(ours, _CutOff) else f'has a damaged header ({type(e).__name__})') from e
     if 'cut' in h and not (h.get('Rows') and (h.get('PixelSpacing') or h.get('NumberOfFrames'))):
         raise Unusable('is cut off in its header')
     kind = h.get('SOPClassUID') or ''
@@ -257,7 +304,7 @@ def read_header(
     modality = h.get('Modality') or ''
     if kind in _NO_IMAGE: raise Unusable(f'is {_NO_IMAGE[kind]}', 'no image')
     if not h.get('Rows') or not h.get('Columns'):
-        if 'pydicom' in h and modality not in _NO_IMAGE_OF: raise Unusable(f'has a damaged header ({h["pydicom"]})') # it stopped early
+        if 'pydicom' in h and modality not in _NO_IMAGE_OF: raise Unusable(h['pydicom']) # it stopped early
         raise Unusable(_NO_IMAGE_OF.get(modality, 'holds no image'), 'damaged' if modality == 'CT' else 'no image')
     if max(h['Rows'], h['Columns']) > _SIDE: raise Unusable(f'has a damaged header ({h["Rows"]} x {h["Columns"]} pixels)')
     if kind.startswith(f'{_STORAGE}7') and not (modality == 'CT' and all(h.get(k) for k in _PLACED) and (h.get('SamplesPerPixel') or 1) == 1): raise Unusable('is a secondary capture (a screenshot)', 'picture')
@@ -312,15 +359,15 @@ def _group_values(groups):
     for sequence, names in _GROUPS.items():
         for item in (groups.get(sequence) or [])[:1]:
             for name in names.split():
-                if (v := item.get(name)) is not None:
-                    h[_PLAIN.get(name, name)] = '\\'.join(map(str, v)) if hasattr(v, '__iter__') and not isinstance(v, str) else str(v)
+                try: v = item.get(name)
+                except ValueError: v = str(item.get_item(name).value, 'latin-1').strip(' \0')   # a number that pydicom takes for none
+                if v is not None: h[_PLAIN.get(name, name)] = _joined(v)
     return h
 
 def _frames(path, h):
     "The slices of an enhanced multi-frame file (PS3.3, A.38): geometry and rescale stand per frame or once for all."
-    import pydicom
     try:
-        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        ds = _dcmread(path, stop_before_pixels=True)
         n = int(ds.get('NumberOfFrames') or 1)
         shared, each = ds.get('SharedFunctionalGroupsSequence'), ds.get('PerFrameFunctionalGroupsSequence')
         if n > _FRAMES: raise Unusable(f'has a damaged header ({n} frames)')
@@ -344,13 +391,61 @@ def _items(f, i, limit):
         i += 8 + length
     return out, False
 
+def _table(f, items, n):
+    "The offset table of `n` frames, (0, 0) for none, and the items behind it; some writers leave the item out"
+    if not items: return (0, 0), []
+    a, b = items[0]
+    f.seek(a)
+    if b - a not in (0, 4*n) and (len(items) == 1 or _kind_of(f.read(min(b - a, 4096)))): return (0, 0), items
+    return items[0], items[1:]
+
+def _kind_of(data):
+    "The decoder for a stream by its first bytes; '' where they are none"
+    if data[:4] == b'\xff\x4f\xff\x51' or data[:8] == b'\0\0\0\x0cjP  ': return 'jpeg2000'
+    if data[:3] == b'\xff\xd8\xff':
+        i = 2
+        while i + 4 <= len(data) and data[i] == 0xFF and data[i+1] not in (*range(0xC0, 0xC4), 0xF7): i += 2 + struct.unpack_from('>H', data, i + 2)[0]
+        return 'jpegls' if data[i+1:i+2] == b'\xf7' else 'jpeg'
+    return 'rle' if len(data) >= 64 and 1 <= data[0] <= 4 and data[1:8] == b'\0\0\0\x40\0\0\0' else ''
+
+def _sniff(f, h):
+    "Pixels that are not what the transfer syntax says: `native` or the `family` of their streams, by what they begin with"
+    if 'offset' not in h or 'deflated' in h: return
+    syntax, undefined = h.get('syntax', ''), h['length'] == _UNDEFINED
+    family, size = _family(syntax) if syntax != _GE_BIG else 'raw', (h.get('Rows') or 0)*(h.get('Columns') or 0)*((h.get('BitsAllocated') or 16)//8)
+    if not syntax: family = 'none'
+    whole = not undefined and h['length'] >= size   # native values, by their number
+    if (undefined and family not in ('raw', 'none', 'unknown')) or (whole and family in ('raw', 'none')): return
+    f.seek(h['offset'])
+    head = f.read(4096)
+    first = struct.unpack_from('<HHI', head) if len(head) >= 8 else (0, 0, 0)
+    items = (first[0] << 16 | first[1]) == _ITEM
+    kind = _kind_of(head)
+    if items:
+        f.seek(h['offset'])
+        pieces = _table(f, _items(f, h['offset'], 3)[0], 1)[1] or [(h['offset'] + 8, 0)]
+        f.seek(pieces[0][0])
+        kind = _kind_of(f.read(4096))
+        if not kind and not undefined and whole: items = False   # values that happen to look like an item
+    said = f'the transfer syntax {syntax}' if syntax else 'no transfer syntax'
+    if kind:
+        h['family'], h['native'], words = kind, False, f'{said}, but pixels in {kind.upper()}'
+        if not items: h['stream'] = h['offset'], h['offset'] + h['length']
+        elif not undefined: words = f'compressed pixels of a defined length'
+        if kind != family or not undefined: h.setdefault('odd', set()).add(f'{words}; read as such')
+    elif items and undefined and pieces[0][1] - pieces[0][0] >= size > 0: h['native'], h['offset'], h['length'] = True, pieces[0][0], pieces[0][1] - pieces[0][0]
+    elif undefined and not items: h['native'], h['length'] = True, f.seek(0, 2) - h['offset']
+    elif whole: h['native'] = True
+    else: return   # `stored_values` says what is wrong
+    if h['native']: h.setdefault('odd', set()).add('native pixels of undefined length; read as such' if undefined else f'{said}, but native pixels; read as these')
+
 def _where(path, h, n):
     "For each of `n` frames, the pieces (start, end) of the file that hold it; none for those that the file has lost."
-    if h.get('length') != _UNDEFINED:
+    if h.get('native', h.get('length') != _UNDEFINED):
         size, start = h['Rows']*h['Columns']*((h.get('BitsAllocated') or 16)//8), h.get('offset', 0)
         return [[(start + k*size, start + (k + 1)*size)] for k in range(n)]
     with open(path, 'rb') as f:
-        table, *pieces = _items(f, h['offset'], 100*n + 100)[0] or [(0, 0)]
+        table, pieces = _table(f, _items(f, h['offset'], 100*n + 100)[0], n)
         f.seek(table[0])
         begins = np.frombuffer(f.read(4*n), '<u4').astype(int) + table[1] if table[1] - table[0] == 4*n else []
         if len(begins) == n and (np.diff(begins) > 0).all(): # where each frame begins; some writers leave zeros
@@ -504,20 +599,25 @@ def stored_values(
     h, buf = s.h, None
     if 'cut' in h: raise Damaged('is cut off')
     if 'pydicom' in h:
-        import pydicom
-        try: buf = pydicom.dcmread(s.path, force=True).get('PixelData') or b''
+        try: buf = _dcmread(s.path).get('PixelData') or b''
         except Exception as e: raise Damaged(f'has damaged pixel data ({type(e).__name__})') from None
         h = h | dict(offset=0, length=_UNDEFINED if buf[:4] == b'\xfe\xff\x00\xe0' else len(buf))
     elif 'deflated' in h: buf = _inflate(s.path.read_bytes(), h['deflated'])
-    if h['length'] != _UNDEFINED: return _plain(s, h, buf)
-    family = _family(h.get('syntax', ''))
-    if family in ('raw', 'unknown'): raise Damaged(f'has the unknown transfer syntax {printable(h.get("syntax"))}')
+    s.h['native'] = h['native'] = h.get('native', h['length'] != _UNDEFINED)
+    if h['native']: return _plain(s, h, buf)
+    family = h.get('family') or _family(h.get('syntax', ''))
+    if family in ('raw', 'unknown'):
+        said = printable(h.get('syntax') or 'none')
+        raise Damaged(f'has compressed pixels under the transfer syntax {said}, which is none for them' if family == 'raw' else f'has the unknown transfer syntax {said}')
     with io.BytesIO(buf) if buf is not None else open(s.path, 'rb') as f:
         if s.where is not None: pieces = s.where
+        elif 'stream' in h: pieces = [h['stream']]
         else:
             pieces, cut = _items(f, h['offset'], 100_000)
-            pieces = pieces[1:]  # the first is the offset table
             if cut: raise Damaged('is cut off')
+            table, left = _table(f, pieces, 1)
+            if left and left[0] == pieces[0]: s.h.setdefault('odd', set()).add('no item for the table of offsets; the first item is pixels')
+            pieces = left
         if not pieces: raise Damaged('is cut off')
         data = bytearray()
         for a, b in pieces:

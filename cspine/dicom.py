@@ -154,7 +154,7 @@ def _folded(a, s):
     if signed and not s.signed: s.h['signed stream'] = True
     wide = 16 if a.dtype.itemsize <= 2 else 32
     a = a.astype(f'u{wide//8}' if a.dtype.kind == 'u' else f'i{wide//8}', copy=False)
-    if s.high != s.bits - 1 and s.h.get('length') != 0xFFFFFFFF: a = a >> (s.high + 1 - s.bits) # not in a code stream
+    if s.high != s.bits - 1 and s.h.get('native'): a = a >> (s.high + 1 - s.bits) # not in a code stream
     if s.bits < wide:
         if signed: a = a.view(f'i{wide//8}') << (wide - s.bits) >> (wide - s.bits)
         else: a = a & a.dtype.type((1 << s.bits) - 1)
@@ -270,6 +270,8 @@ def _notes_on_values(slices, notes):
     above = {s.h['padding']: s.bits for s in slices if 'padding' in s.h}
     for value, bits in above.items(): notes.append(f'values of {value}, which {bits} bits cannot hold: padding, taken for air')
     if any(s.h.get('signed stream') for s in slices): notes.append('PixelRepresentation is 0, but the code streams hold signed values; read as these')
+    odd = Counter(said for s in slices for said in s.h.get('odd', ()))
+    for said, n in odd.items(): notes.append(f'{said} (in {"every file" if n == len(slices) else plural(n, "file")})')
     if not above and any(s.h.get('PixelPaddingValue') is not None and _pad(s) is None for s in slices):
         notes.append("the declared padding value is a tissue's own value; left as it is")
 

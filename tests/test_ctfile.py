@@ -185,7 +185,7 @@ SLOPE, INTERCEPT = 0x1053, 0x1052
 @pytest.mark.parametrize('element, text, says', [
     (SLOPE, '0', 'rescale slope of 0'), (SLOPE, '0.0', 'rescale slope of 0'), (SLOPE, '1e30', r'rescale slope of 1e\+30'),
     (SLOPE, '-5000', 'rescale slope of -5000'), (SLOPE, '1e-6', 'rescale slope of 1e-06'), (SLOPE, 'nan', "unreadable rescale slope .'nan'"),
-    (SLOPE, '1e999', "unreadable rescale slope .'1e999'"), (SLOPE, '1,0', "unreadable rescale slope .'1,0'"),
+    (SLOPE, '1e999', "unreadable rescale slope .'1e999'"), (SLOPE, '1,0,0', "unreadable rescale slope .'1,0,0'"),
     (INTERCEPT, '-1024a', "unreadable rescale intercept .'-1024a'"), (INTERCEPT, '1e6', r'rescale intercept of 1e\+06')])
 def test_a_rescale_that_makes_no_hounsfield_units(tmp_path, element, text, says):
     hu, affine = block((30, 8, 8))
