@@ -412,42 +412,60 @@ def _volume(stack, folder, straighten, even, workers):
 
 def _one_comb(stack, notes):
     "Of slices that lie in combs, one inside the other, those of the first"
-    n = stack[0][0].normal
-    p = comb([float(same[0].position @ n) for same in stack])
-    if p == 1: return stack
-    combs = sorted((stack[i::p] for i in range(p)), key=lambda c: (-len(c), c[0][0].acquisition, c[0][0].instance or 0))
-    notes.append(f'{p} volumes, one inside the other: slices lie at {p} distances in turn; took {_a_comb(combs[0])}, left out {len(stack) - len(combs[0])}')
+    first = stack[0][0]
+    of = comb([float(same[0].position @ first.normal) for same in stack], first.floats('SliceThickness', 1)[0] if first.floats('SliceThickness', 1) else 0.)
+    if not of.any(): return stack
+    combs = sorted(([same for same, k in zip(stack, of) if k == i] for i in range(of.max() + 1)), key=_first_of)
+    notes.append(f'{len(combs)} volumes, one inside the other: slices lie at {len(combs)} distances in turn; took {_a_comb(combs[0])}, left out {len(stack) - len(combs[0])}')
     return combs[0]
+
+def _first_of(c): return -len(c), c[0][0].acquisition, c[0][0].instance or 0
 
 def _a_comb(stack): return f'the {len(stack)} slices from {stack[0][0].name} to {stack[-1][0].name}'
 
 def _one_of_two(v, stack, said, made, notes):
     "Where the voxels say that every other slice belongs to another volume, one of the two"
-    steps = np.diff(v.acquired.at)
-    if len(steps) < 11 or not (steps == 1).all(): return v, stack, said
-    why = woven(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu))
+    at = v.acquired.at
+    if len(at) < 12 or np.abs(at - np.rint(at)).max() > .01 or (np.rint(np.diff(at)) == 1).mean() < .9: return v, stack, said   # gaps do not matter
+    at = np.rint(at).astype(int)
+    why = woven(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu)[at])
     if not why: return v, stack, said
-    one, other = sorted((stack[::2], stack[1::2]), key=lambda c: (-len(c), c[0][0].acquisition, c[0][0].instance or 0))
+    parts = [[same for same, k in zip(stack, at) if k % 2 == odd] for odd in (0, 1)] if (np.diff(at) % 2).all() else [stack[::2], stack[1::2]]
+    one, other = sorted(parts, key=_first_of)
     notes.append(f'two volumes, one inside the other ({why}): took {_a_comb(one)}, left out {len(other)}')
     return made(one)
 
 _FEW = 5   # slices to try another reading on
 
-def _readings(slices):
-    "Other ways to read the stored values of slices"
+def _stored(slices):
+    "Stored values of slices as one array, without those that do not decode"
+    out = []
+    with Decoders() as decode:
+        for s in slices:
+            try: out.append(stored_values(s, decode))
+            except (Damaged, OSError): pass
+    return np.stack(out) if out else np.zeros((0, 1, 1), 'u2')
+
+def _low_bits(slices, raw):
+    "Whether values lie in the lowest bits, although HighBit says that they are shifted up; and whether they are signed there"
+    s = slices[0]
+    unused = s.high + 1 - s.bits                        # bits that are below the values, by what the header says
+    if not unused or not all(o.h.get('native') for o in slices) or not (raw & ((1 << unused) - 1)).any(): return None
+    if not (raw >> s.bits).any(): return False
+    wide = raw.astype('i4') - ((raw >> s.allocated - 1).astype('i4') << s.allocated)
+    return True if np.abs(wide).max() < 1 << s.bits - 1 else None
+
+def _readings(slices, highest):
+    "Other ways to read the stored values of slices, the largest of which is `highest`"
     first, out = slices[0], []
     def other(what, **change):
         def apply(s):
             for k, value in change.items(): setattr(s, k, value)
         out.append(Reading(what, apply))
-    said = first.h.get('PixelRepresentation')
-    if not first.signed:
-        for bits in sorted({first.bits, 12}):
-            if bits <= first.bits: other(f'PixelRepresentation is {"missing" if said is None else said}, but the values are signed numbers of {bits} bits', signed=True, bits=bits, high=bits - 1)
-    else: other('PixelRepresentation is 1, but the values are unsigned', signed=False)
-    if first.high != first.bits - 1:
-        other(f'HighBit is {first.high}, but the values are in the lowest {first.bits} bits', high=first.bits - 1)
-        other(f'HighBit is {first.high}, but the values are in the lowest {first.bits} bits, and signed', high=first.bits - 1, signed=True)
+    said, top = first.h.get('PixelRepresentation'), int(highest).bit_length()
+    if not first.signed and top in {first.bits, 12}:   # the highest bit that is used is the sign
+        other(f'PixelRepresentation is {"missing" if said is None else said}, but the values are signed numbers of {top} bits', signed=True, bits=top, high=top - 1)
+    if first.signed: other('PixelRepresentation is 1, but the values are unsigned', signed=False)
     other('the bytes of the pixels are in the other order than the file says', swapped=True)
     if all((s.slope, s.intercept) == (first.slope, first.intercept) for s in slices) and (first.intercept or 0) > -OFFSET/2:
         other(f'the values are {OFFSET} above Hounsfield units, which the rescale intercept should have taken off', intercept=(first.intercept or 0.) - OFFSET)
@@ -460,13 +478,19 @@ def _right_values(v, stack, said, again, notes):
         return v, stack, said
     some = sample(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu))
     slices = [s for same in stack for s in same]
+    few = [same[0] for same in stack[::max(1, len(stack)//_FEW)][:_FEW]]
+    if few[0].high != few[0].bits - 1 and (low := _low_bits(few, _stored(few))) is not None:
+        notes.append(f'HighBit is {few[0].high}, but the values are in the lowest {few[0].bits} bits: read so')
+        for s in slices: s.high, s.signed = s.bits - 1, s.signed or low
+        v, stack, said = again()
+        some = sample(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu))
     lifted = other_slices(some) if len(some) == len(stack) else np.zeros(1, bool)
     if lifted.any():
         odd = [s for same, up in zip(stack, lifted) if up for s in same]
-        for s in odd: s.intercept = (s.intercept or 0.) - OFFSET
-        notes.append(f'{plural(int(lifted.sum()), "slice")} lie {OFFSET} above the others, without a rescale of their own: brought down ({few_names(odd)})')
+        said_so = any(s.intercept is None for s in odd)
+        for s in odd: s.intercept, s.slope = (s.intercept or 0.) - OFFSET, 1. if s.slope is None else s.slope
+        notes.append(f'{plural(int(lifted.sum()), "slice")} {"without a rescale intercept " if said_so else ""}lie {OFFSET} above the others: brought down ({few_names(odd)})')
     elif not is_ct(some):
-        few = [same[0] for same in stack[::max(1, len(stack)//_FEW)][:_FEW]]
         with Decoders() as decode:
             def tried(r):
                 were = [dict(vars(s)) for s in few]
@@ -476,7 +500,7 @@ def _right_values(v, stack, said, again, notes):
                 except Damaged: return None
                 finally:
                     for s, was in zip(few, were): vars(s).clear(); vars(s).update(was)
-            right = one_that_is_ct(_readings(few), tried)
+            right = one_that_is_ct(_readings(few, _stored(few).max(initial=0)), tried)
         if right is None:
             notes += [f'these may not be Hounsfield units: {odd}' for odd in what_is_odd(some)]
             return v, stack, said

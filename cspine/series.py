@@ -155,17 +155,23 @@ def best_group(
 
 # %% ../nbs/01_series.ipynb #03e623a8
 def comb(
-    heights,  # (n,) mm along the normal, rising
-) -> int:     # 2 or 3: so many combs of equal spacing, one inside the other; 1: none
-    "Whether slices lie in combs: their distances repeat, and are not equal."
-    gaps = np.diff(heights)
+    heights,        # (n,) mm along the normal, rising
+    thickness=0.,   # of a slice in mm; 0: not known
+) -> np.ndarray:    # (n,) of 0, 1 (and 2): the comb of each slice; all 0 where there is one
+    "In which of two or three combs of equal spacing each slice lies, where there are combs, one inside the other."
+    heights, one = np.asarray(heights, float), np.zeros(len(heights), int)
     for p in (2, 3):
-        if len(gaps) < 4*p: break
-        phase = [gaps[i::p] for i in range(p)]
-        near = .02*gaps.sum()/len(gaps)*p + .011   # of what rounding does to positions
-        means = [float(g.mean()) for g in phase]
-        if all(np.ptp(g) <= near for g in phase) and max(means) - min(means) > max(.1*max(means), near): return p
-    return 1
+        if len(heights) < 4*p + 1: break
+        period = float(np.median(heights[p:] - heights[:-p]))
+        period = (heights[-1] - heights[0])/max(round((heights[-1] - heights[0])/period), 1)   # over the whole way, so that no error adds up
+        phase, near = (heights - heights[0])/period, .02 + .011/period                          # what rounding does to positions
+        off = np.abs((phase[:, None] - phase[:p] + .5) % 1 - .5)                                # from the place of each comb
+        gaps = np.diff(np.r_[phase[:p], 1])
+        if off.min(1).max() > near or gaps.max() - gaps.min() < .1 or len(np.unique(off.argmin(1))) < p: continue
+        least = gaps.min()*period
+        lacks = np.abs(gaps/gaps.min() - np.rint(gaps/gaps.min())).max() < .05 and not thickness > 1.2*least
+        if not lacks: return off.argmin(1)   # else: one series, of which every third slice is missing
+    return one
 
 def _alternates(f, least):
     "Whether every other number of a series is higher, by at least `least`"
