@@ -167,7 +167,7 @@ def comb(
         phase, near = (heights - heights[0])/period, .02 + .011/period                          # what rounding does to positions
         off = np.abs((phase[:, None] - phase[:p] + .5) % 1 - .5)                                # from the place of each comb
         gaps = np.diff(np.r_[phase[:p], 1])
-        if off.min(1).max() > near or gaps.max() - gaps.min() < .1 or len(np.unique(off.argmin(1))) < p: continue
+        if phase[p-1] > .95 or off.min(1).max() > near or gaps.max() - gaps.min() < .1 or len(np.unique(off.argmin(1))) < p: continue
         least = gaps.min()*period
         lacks = np.abs(gaps/gaps.min() - np.rint(gaps/gaps.min())).max() < .05 and not thickness > 1.2*least
         if not lacks: return off.argmin(1)   # else: one series, of which every third slice is missing
