@@ -388,6 +388,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cspine.dicom.Volume.spacing': ('dicom.html#volume.spacing', 'cspine/dicom.py'),
                               'cspine.dicom._a_comb': ('dicom.html#_a_comb', 'cspine/dicom.py'),
                               'cspine.dicom._above': ('dicom.html#_above', 'cspine/dicom.py'),
+                              'cspine.dicom._by_location': ('dicom.html#_by_location', 'cspine/dicom.py'),
                               'cspine.dicom._cores': ('dicom.html#_cores', 'cspine/dicom.py'),
                               'cspine.dicom._decode': ('dicom.html#_decode', 'cspine/dicom.py'),
                               'cspine.dicom._ds': ('dicom.html#_ds', 'cspine/dicom.py'),

@@ -241,6 +241,19 @@ def _place(slices, notes):
     for k, s in enumerate(sorted(slices, key=lambda s: getattr(s, by) if by else _natural(s.path))):
         s.position = normal*(s.location if by == 'location' else -k*step if s.axial else k*step)
 
+def _by_location(slices, notes):
+    "Positions that are rounded, beside slice locations that are not, follow these along the normal"
+    if len(slices) < 4 or any(s.location is None or s.position is None for s in slices): return
+    normal, where, location = slices[0].normal, np.array([s.position for s in slices]), np.array([s.location for s in slices])
+    digits = next((d for d in (0, 1) if np.allclose(where, where.round(d), rtol=0, atol=1e-6)), None)
+    if digits is None or np.allclose(location, location.round(digits), rtol=0, atol=1e-3): return
+    height = where @ normal
+    location = location*(np.sign((height - height.mean()) @ (location - location.mean())) or 1)
+    off = height - location
+    if np.ptp(off) > 1.05*10.**-digits: return   # they are not of these slices
+    notes.append(f'positions rounded to {"whole millimetres" if digits == 0 else "tenths of a millimetre"}; the slice locations, which are not, say where the slices lie')
+    for s, by in zip(slices, location + (off.max() + off.min())/2 - height): s.position = np.asarray(s.position) + normal*by
+
 def _stack(slices, notes):
     "Slices in order of position, the other ones at the same place for each."
     n = slices[0].normal
@@ -384,6 +397,7 @@ def read_series(
     if nifti: notes.append(f'left out {plural(len(nifti), "NIfTI file")} beside the slices: {few_names(nifti)}')
     slices = _pick_group(found, folder, notes)
     _place(slices, notes)
+    _by_location(slices, notes)
     stack = _one_comb(_stack(slices, notes), notes)
     made = partial(_volume, folder=folder, straighten=straighten, even=even, workers=workers)
     v, used, said = made(stack)
