@@ -1,0 +1,32 @@
+"""What public bug reports describe is read right and said, or refused in a sentence: each condition of conditions.py."""
+import warnings
+
+import numpy as np
+import pytest
+from conditions import CONDITIONS, neck
+
+from cspine.dicom import DicomError, read_series
+
+
+@pytest.fixture(scope='module')
+def scan(): return neck()
+
+
+@pytest.mark.parametrize('name', CONDITIONS)
+def test_it_is_read_right_and_said(tmp_path, scan, name, capfd):
+    write, says = CONDITIONS[name]
+    hu, affine = scan
+    right = write(tmp_path, hu, affine)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        if says.startswith('error: '):
+            with pytest.raises(DicomError, match=says.removeprefix('error: ')): read_series(tmp_path)
+            return
+        volume = read_series(tmp_path)
+    if right is None: right = hu
+    notes = ' | '.join(volume.notes)
+    assert says in notes if says else not volume.notes, notes
+    if isinstance(right, np.ndarray):
+        other = np.roll(right, 4, axis=2)[:-1]   # of two volumes either is right
+        assert any(volume.hu.shape == r.shape and (volume.hu == r).all() for r in ([right, other] if name.startswith('two volumes') else [right])), (volume.hu.shape, notes)
+    assert capfd.readouterr() == ('', '')
