@@ -623,6 +623,10 @@ def stored_values(
         for a, b in pieces:
             f.seek(a)
             data += f.read(b - a)
+    kind = _kind_of(data[:4096])
+    if kind and kind != family and (kind, family) != ('jpeg2000', 'htj2k'):
+        s.h.setdefault('odd', set()).add(f'the transfer syntax {printable(h.get("syntax"))}, but pixels in {kind.upper()}; read as such')
+        family = kind
     return decode(bytes(data), family, *s.size, s.allocated//8)
 
 def _plain(s, h, buf):

@@ -238,7 +238,8 @@ def _(folder, hu, A):
 def _(folder, hu, A):
     v, out = (hu + 1024).astype('u2'), hu.copy()
     v[:, :6, :], out[:, :6, :] = 63536, -1024
-    stored(folder, hu, A, v, BitsStored=12, HighBit=11, PixelPaddingValue=63536)
+    stored(folder, hu, A, v, BitsStored=12, HighBit=11)
+    each(folder, lambda ds, k: ds.add_new('PixelPaddingValue', 'US', 63536))
     return out
 
 
@@ -270,11 +271,11 @@ def _(folder, hu, A): nifti(folder, hu, A, 'meter')
 def _(folder, hu, A): nifti(folder, hu, A, 'micron')
 
 
-@condition('NIfTI with voxels of 1500 mm', 'error: outside')
+@condition('NIfTI with voxels of 1500 mm', 'error: its voxels are')
 def _(folder, hu, A): nifti(folder, hu, A, change=np.eye(3)*1500/2)
 
 
-@condition('NIfTI with voxels of .0015 mm', 'error: outside')
+@condition('NIfTI with voxels of .0015 mm', 'error: its voxels are')
 def _(folder, hu, A): nifti(folder, hu, A, change=np.eye(3)*.0015/2)
 
 
@@ -377,7 +378,7 @@ def _(folder, hu, A):
     for p in files(folder): set_syntax(p, SYNTAXES['explicit'])
 
 
-@condition('JPEG 2000 under the syntax of JPEG Lossless')
+@condition('JPEG 2000 under the syntax of JPEG Lossless', 'pixels in JPEG2000')
 def _(folder, hu, A):
     write_series(hu, A, folder, uid='1.2.3', syntax='jpeg2000')
     for p in files(folder): set_syntax(p, SYNTAXES['jpeg_lossless'])
@@ -402,7 +403,7 @@ def _(folder, hu, A):
 for _syntax in ('jpeg_lossless', 'jpeg2000', 'rle'):
     def _(folder, hu, A, syntax=_syntax):
         write_series(hu, A, folder, uid='1.2.3', syntax=syntax)
-        for p in files(folder): pixels(p, lambda v: HEAD + UNDEFINED + v[8:])   # without the table's item
+        for p in files(folder): pixels(p, lambda v: HEAD + UNDEFINED + v[12:])   # without the table's item, which holds one offset
     CONDITIONS[f'no item for the offset table, {_syntax.replace("_", " ")}'] = _, 'no item for the table'
 
 
