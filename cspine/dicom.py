@@ -24,7 +24,7 @@ from .acquired import Acquired, lay_out, nifti_affine, standardize
 from .ctfile import LOSSY, SYNTAXES, Damaged, Decoders, Unusable, encode_frame, printable, read_header, stored_values
 from .presets import CspineError, progress
 from .series import best_group, comb, few_names, groups, is_scout, plural, woven
-from .values import LEAST, OFFSET, Reading, is_ct, one_that_is_ct, other_slices, sample, what_is_odd
+from .values import LEAST, OFFSET, Reading, is_ct, one_that_is_ct, other_slices, sample, what_is_odd, wrapped
 
 # %% ../nbs/01_dicom.ipynb #f16dead9
 @dataclass
@@ -504,19 +504,20 @@ def _right_values(v, stack, said, again, notes):
         said_so = any(s.intercept is None for s in odd)
         for s in odd: s.intercept, s.slope = (s.intercept or 0.) - OFFSET, 1. if s.slope is None else s.slope
         notes.append(f'{plural(int(lifted.sum()), "slice")} {"without a rescale intercept " if said_so else ""}lie {OFFSET} above the others: brought down ({few_names(odd)})')
-    elif not is_ct(some):
+    elif not is_ct(some) or wrapped(some):
         with Decoders() as decode:
             def tried(r):
                 were = [dict(vars(s)) for s in few]
                 try:
                     for s in few: r.change(s)
-                    return sample(np.stack([_hu(s, decode) for s in few]))
+                    got = sample(np.stack([_hu(s, decode) for s in few]))
+                    return None if wrapped(got) else got
                 except Damaged: return None
                 finally:
                     for s, was in zip(few, were): vars(s).clear(); vars(s).update(was)
             right = one_that_is_ct(_readings(few, _stored(few).max(initial=0)), tried)
         if right is None:
-            notes += [f'these may not be Hounsfield units: {odd}' for odd in what_is_odd(some)]
+            notes += [odd if is_ct(some) else f'these may not be Hounsfield units: {odd}' for odd in what_is_odd(some)]
             return v, stack, said
         for s in slices: right.change(s)
         notes.append(f'{right.what}: read so')
