@@ -276,6 +276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cspine.crops._read_rows': ('crops.html#_read_rows', 'cspine/crops.py'),
                               'cspine.crops._room': ('crops.html#_room', 'cspine/crops.py'),
                               'cspine.crops._run_weights': ('crops.html#_run_weights', 'cspine/crops.py'),
+                              'cspine.crops._say_lost_boxes': ('crops.html#_say_lost_boxes', 'cspine/crops.py'),
                               'cspine.crops._source': ('crops.html#_source', 'cspine/crops.py'),
                               'cspine.crops._still_good': ('crops.html#_still_good', 'cspine/crops.py'),
                               'cspine.crops._unpack': ('crops.html#_unpack', 'cspine/crops.py'),

@@ -75,7 +75,7 @@ def _unpack(data, shape):
 # %% ../nbs/12_crops.ipynb #afadb6c8
 FORMAT = 2      # raised when an older cspine can no longer read what a newer one writes
 CROP_FIELDS = 'slices','size','margin_mm','window','tilt','isolate'   # of a `ClassificationPreset`: those that decide what is in a crop
-_COLUMNS = 'StudyInstanceUID','fold','labelled_by','made_from','fractured','vertebrae','from_mask','cut','bytes','sha256','why'
+_COLUMNS = 'StudyInstanceUID','fold','labelled_by','made_from','fractured','vertebrae','from_mask','cut','no_slice','bytes','sha256','why'
 
 def crop_key(
     preset:ClassificationPreset,
@@ -255,6 +255,8 @@ def crop_data_set(
     folds = {u:(source.folds(k, source.weights),source.folds(k, source.yolo_weights)) for u,k in fold_of.items()}
     made = dict(format=FORMAT, studies=len(folds), preset=whole.to_dict(), stage_1=source.kind, name=source.folder.name,
                 **source.sha256, data=data.name)
+    if masks and not any(source.mask(u).exists() for u in folds):
+        raise CspineError(f'{source.folder} holds no mask of any of the {len(folds)} studies: a mask is named StudyInstanceUID.nii; put them there, or leave out --masks')
     _begin(out, made)
     store = Crops(out)
     studies = find_studies(data, 'train')
@@ -297,10 +299,23 @@ def crop_data_set(
         lost = [len(r['from_mask'].split()) for r in store._rows.values()]
         print(f'YOLO finds no box of {sum(lost)} of {sum(int(r["vertebrae"] or 0) for r in store._rows.values())} vertebrae, in {sum(map(bool, lost))} of {len(store)} studies: the label map\'s cut them', file=sys.stderr)
     for u,why in store.left_out.items(): print(f'left out: {u}: {why}', file=sys.stderr)
+    _say_lost_boxes(drawn, store, data/'train_bounding_boxes.csv')
     if view is not None:
         from cspine.report import contact_sheet
         contact_sheet(store, view)
     return store
+
+def _say_lost_boxes(drawn, store, path):
+    "Boxes that name slices which are not there: how many and whose; `CspineError` where no box has its slice"
+    lost = {u:int(r['no_slice']) for u,r in store._rows.items() if int(r['no_slice'] or 0)}
+    n = sum(len(drawn[u]) for u,r in store._rows.items() if u in drawn and r['no_slice'])   # of the studies that were read
+    strange = sum(len(d) for u,d in drawn.items() if u not in store._rows)
+    if strange: print(f'{path}: {strange} boxes are of studies that train.csv lacks', file=sys.stderr)
+    if not lost: return
+    most = ', '.join(f'{u} ({k} of {len(drawn[u])})' for u,k in list(lost.items())[:3]) + (f' and {len(lost)-3} studies more' if len(lost) > 3 else '')
+    said = f'{path}: {sum(lost.values())} of {n} boxes name slices that are not there, in {most}'
+    if sum(lost.values()) == n: raise CspineError(f'{said}: a slice_number is the number in the name of a file, as in 12.dcm; are these the boxes, and the names, of these studies?')
+    print(f'{said}; these are left out', file=sys.stderr)
 
 def _files(study):
     "Names, sizes and times of a study's files"
@@ -332,7 +347,7 @@ def _still_good(store, rows):
     "The old rows of studies that need not be made again; says which files are damaged, and how many studies another stage 1 had labelled"
     from joblib import Parallel,delayed
     old = {u:r for u,r in store._rows.items() if u in rows}
-    same = {u:rows[u] | {k:r[k] for k in ('vertebrae','from_mask','cut','bytes','sha256','why')} for u,r in old.items()
+    same = {u:rows[u] | {k:r[k] for k in ('vertebrae','from_mask','cut','no_slice','bytes','sha256','why')} for u,r in old.items()
             if r['made_from'] == rows[u]['made_from'] and r['fractured'] == rows[u]['fractured'] and r['vertebrae']}   # without a number, it could not be read: try again
     if n := sum(bool(r['vertebrae']) for r in old.values()) - len(same): print(f'{n} studies in {store.folder} are of another stage 1, or their files or labels have changed: they are made again', file=sys.stderr)
     files = [u for u in same if int(same[u]['vertebrae'])]
@@ -366,7 +381,9 @@ def _crop_job(row, folder, path, source, folds, preset, fractured, drawn, device
     except CspineError as e: return row | dict(why=' '.join(str(e).split()))
     boxes,where = None,[]
     if source.yolo: boxes,where = predict_boxes(source.detectors(folds[1]), preset.detection, volume, device, labels)
-    study = crop_study(volume, labels, preset.classification, fractured, None if drawn is None else fracture_boxes(volume, drawn), boxes)
+    there = None if drawn is None else fracture_boxes(volume, drawn)
+    if drawn is not None: row |= dict(no_slice=str(len(drawn)-len(there)))
+    study = crop_study(volume, labels, preset.classification, fractured, there, boxes)
     if not study['present'].any(): return row | dict(vertebrae='0', why='its mask holds no vertebra' if source.kind == 'masks' else 'stage 1 finds no vertebra in it')
     file = _pack(study)
     write_whole(path, file)

@@ -530,3 +530,30 @@ def test_a_contact_sheet(made, calls, tmp_path, capsys):
     assert framed == want and uid in crops
     assert len(list(csv.DictReader(open(tmp_path/'c'/'studies.csv')))) == 5
     assert Path(tmp_path/'c'/'crops.json').exists()
+
+
+def test_boxes_of_slices_that_are_not_there_are_counted(made, calls, tmp_path, capsys):
+    data = shutil.copytree(made.data, tmp_path/'data')
+    path = data/'train_bounding_boxes.csv'
+    boxes = pd.read_csv(path, dtype={'StudyInstanceUID': str})
+    uid, n = boxes.StudyInstanceUID.iloc[0], len(boxes)
+    some = boxes.copy()
+    some.loc[some.index[:2], 'slice_number'] += 5000
+    pd.concat([some, some.iloc[-1:].assign(StudyInstanceUID='1.2.3')]).to_csv(path, index=False)
+    crops = crop_data_set(data, None, tmp_path/'c', SMALL, workers=1, masks=True)
+    said = capsys.readouterr().err
+    assert f'2 of {n} boxes name slices that are not there, in {uid} (2 of {(boxes.StudyInstanceUID == uid).sum()})' in said
+    assert '1 boxes are of studies that train.csv lacks' in said and crops.table.no_slice[uid] == '2'
+    crop_data_set(data, None, tmp_path/'c', SMALL, workers=1, masks=True)   # nothing to do, and said again
+    assert f'2 of {n} boxes' in capsys.readouterr().err
+    boxes.assign(slice_number=boxes.slice_number + 5000).to_csv(path, index=False)
+    with pytest.raises(CspineError, match=f'{n} of {n} boxes name slices that are not there.*a slice_number is the number in the name'):
+        crop_data_set(data, None, tmp_path/'c2', SMALL, workers=1, masks=True)
+
+
+def test_masks_that_are_nowhere_are_an_error(made, tmp_path):
+    data = shutil.copytree(made.data, tmp_path/'data')
+    for f in (data/'segmentations').iterdir(): f.rename(f.with_name('mask_' + f.name))
+    with pytest.raises(CspineError, match=r'holds no mask of any of the 5 studies: a mask is named StudyInstanceUID\.nii'):
+        crop_data_set(data, None, tmp_path/'c', SMALL, workers=1, masks=True)
+    assert not (tmp_path/'c').exists()
