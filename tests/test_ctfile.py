@@ -260,7 +260,7 @@ from pathlib import Path
 import cspine.ctfile as c
 from cspine.dicom import write_series, _hu, Damaged
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL); c.FRAME_LIMIT = 2
+warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL); c.FRAME_LIMIT = .5
 root, ends, seeds = Path({str(tmp_path)!r}), collections.Counter(), []
 y, x = np.mgrid[:24, :20]
 hu = (20*x + 13*y + np.random.default_rng(0).normal(0, 30, (1, 24, 20))).astype("i2")
