@@ -24,7 +24,7 @@ from .acquired import Acquired, lay_out, nifti_affine, standardize
 from .ctfile import LOSSY, SYNTAXES, Damaged, Decoders, Unusable, encode_frame, printable, read_header, stored_values
 from .presets import CspineError, progress
 from .series import best_group, comb, few_names, groups, is_scout, plural, woven
-from .values import LEAST, OFFSET, Reading, is_ct, one_that_is_ct, other_slices, sample, what_is_odd, wrapped
+from .values import LEAST, OFFSET, Reading, is_body, is_ct, one_that_is_ct, other_slices, sample, what_is_odd, wrapped
 
 # %% ../nbs/01_dicom.ipynb #f16dead9
 @dataclass
@@ -338,7 +338,7 @@ def _read_nifti(path, straighten=True):
             else: view[:, :, k] = _int16(frame)
         return lost
     if lost := fill(raw, slope, inter): notes.append(f'{plural(lost, "voxel")} without a number, taken for air')
-    if hu.size >= LEAST and not is_ct(some := sample(hu)):
+    if hu.size >= LEAST and not (is_ct(some := sample(hu)) or is_body(some)):
         ways = [(f'the values are {OFFSET} above Hounsfield units', raw, slope, inter - OFFSET)]
         if raw.dtype.kind == 'u': ways.append((f'the data type is {raw.dtype}, but the values are signed numbers', raw.view(f'i{raw.dtype.itemsize}'), slope, inter))
         good = [w for w in ways if is_ct(sample(w[1].astype(float))*float(slope) + float(w[3]))]
@@ -504,12 +504,12 @@ def _right_values(v, stack, said, again, notes):
         said_so = any(s.intercept is None for s in odd)
         for s in odd: s.intercept, s.slope = (s.intercept or 0.) - OFFSET, 1. if s.slope is None else s.slope
         notes.append(f'{plural(int(lifted.sum()), "slice")} {"without a rescale intercept " if said_so else ""}lie {OFFSET} above the others: brought down ({few_names(odd)})')
-    elif not is_ct(some) or wrapped(some):
+    elif wrapped(some) or not (is_ct(some) or is_body(some)):
         with Decoders() as decode:
             def tried(r):
                 were = [dict(vars(s)) for s in few]
                 try:
-                    for s in few: r.change(s)
+                    for s in few: s.h = dict(s.h); r.change(s)
                     got = sample(np.stack([_hu(s, decode) for s in few]))
                     return None if wrapped(got) else got
                 except Damaged: return None
@@ -517,7 +517,7 @@ def _right_values(v, stack, said, again, notes):
                     for s, was in zip(few, were): vars(s).clear(); vars(s).update(was)
             right = one_that_is_ct(_readings(few, _stored(few).max(initial=0)), tried)
         if right is None:
-            notes += [odd if is_ct(some) else f'these may not be Hounsfield units: {odd}' for odd in what_is_odd(some)]
+            notes += [odd if is_ct(some) or is_body(some) else f'these may not be Hounsfield units: {odd}' for odd in what_is_odd(some)]
             return v, stack, said
         for s in slices: right.change(s)
         notes.append(f'{right.what}: read so')
