@@ -162,8 +162,8 @@ def comb(
     heights, one = np.asarray(heights, float), np.zeros(len(heights), int)
     for p in (2, 3):
         if len(heights) < 4*p + 1: break
-        period = float(np.median(heights[p:] - heights[:-p]))
-        period = (heights[-1] - heights[0])/max(round((heights[-1] - heights[0])/period), 1)   # over the whole way, so that no error adds up
+        turns = heights[p:] - heights[:-p]
+        period = turns[np.abs(turns/np.median(turns) - 1) < .05].mean()   # of all that are no gap, so that rounding does not add up
         phase, near = (heights - heights[0])/period, .02 + .011/period                          # what rounding does to positions
         off = np.abs((phase[:, None] - phase[:p] + .5) % 1 - .5)                                # from the place of each comb
         gaps = np.diff(np.r_[phase[:p], 1])
