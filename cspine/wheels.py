@@ -130,7 +130,7 @@ def missing(
         (tmp/'has.txt').write_text(''.join(f'{n}=={_marked(pins[n])}\n' if n in pins else f'{n}{s}\n' for n,s in has.items() if s))
         (tmp/'wanted.txt').write_text('\n'.join(requirements)+'\n')
         done = subprocess.run([*_uv(), 'pip', 'compile', 'wanted.txt', '--constraints', 'has.txt', *(x for f in (tmp,*links) for x in ('--find-links', str(f))), '--python-version', python,
-            '--python-platform', platform, '--only-binary', ':all:', '--generate-hashes', '--no-header', '--quiet', '--no-config', *_pip_settings()], cwd=tmp, capture_output=True, text=True)
+            '--python-platform', platform, '--only-binary', ':all:', '--generate-hashes', '--no-header', '--quiet', '--no-config', '--python', sys.executable, *_pip_settings()], cwd=tmp, capture_output=True, text=True)
     if done.returncode: raise CspineError(_cannot_fit(done.stderr))
     found,via,name = {},{},None
     for line in done.stdout.splitlines():

@@ -181,6 +181,19 @@ def train(data, seg_run, out, **kw):
     return training.train_classification(data, replace(SMALL, folds=5), seg_run, out, workers=1, **kw)
 
 
+@pytest.fixture(scope='module')
+def cut_off(data, seg_run, tmp_path_factory):
+    "A run of fold 0 with its checkpoints, stopped before its answers; and what it comes to when it goes on undisturbed. To be copied, not changed"
+    cut = tmp_path_factory.mktemp('runs')/'cut'
+    def stopped(*_): raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(crops_module, 'predict_labels', finds)
+        with m.context() as stop:
+            stop.setattr(training, '_write_oof', stopped)
+            with pytest.raises(KeyboardInterrupt): train(data, seg_run, cut)
+        return cut, train(data, seg_run, cut.parent/'whole')
+
+
 def check_oof(run, oof, k, store, truth, cls):
     "Each answer is that of the model which has not seen the study, with the calibration that the other half of such studies teaches"
     model = CrackNetBiLSTM(cls)
@@ -292,7 +305,10 @@ def test_a_run_is_scored_by_its_out_of_fold_answers(data, seg_run, few_samples, 
 def test_rivals_train_by_name_on_the_same_crops(data, seg_run, tmp_path, model):
     "From one crop data set, through a run and a bundle to an answer; overlapping groups and volumes, too"
     store = crops_module.crop_data_set(data, seg_run, tmp_path/'c', preset=SMALL, workers=1)
-    run = training.train_classification(data, SMALL, out=tmp_path/'r', crops=store.folder, model=model, epochs=1)
+    (few := tmp_path/'few').mkdir()
+    truth = read_train(data/'train.csv').iloc[:6]
+    truth.to_csv(few/'train.csv')
+    run = training.train_classification(few, SMALL, out=tmp_path/'r', crops=store.folder, model=model, epochs=1)
     made = training.read_run(run)['preset']
     rival = CLASSIFICATION[model]
     assert made.name == f'tiny-{model}' and all(getattr(made.classification, f) == v for f, v in (rival.large | rival.small).items())
@@ -300,7 +316,7 @@ def test_rivals_train_by_name_on_the_same_crops(data, seg_run, tmp_path, model):
     oof = pd.read_csv(run/'oof.csv').set_index('StudyInstanceUID')
     loaded = load_bundle(bundle([seg_run, run], tmp_path/'b'))
     cls = loaded.preset.classification
-    check_oof(run, oof, 0, store, read_train(data/'train.csv'), cls)
+    check_oof(run, oof, 0, store, truth, cls)
     own = CrackNetBiLSTM(cls)
     own.load_state_dict(load_file(run/'fold0'/'model.safetensors'))
     s = store.read(next(u for u in oof.index if u in store))
@@ -371,19 +387,16 @@ def test_the_patient_is_never_below_a_vertebra_that_is_there():
     assert with_prior(np.full(8, np.nan), np.zeros(7, bool))[7] == PRIOR['patient_overall']
 
 
-def test_a_run_cut_off_before_its_calibration_is_not_trained(data, seg_run, tmp_path, monkeypatch):
-    def stopped(*_): raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        m.setattr(training, '_write_oof', stopped)
-        with pytest.raises(KeyboardInterrupt): training.train_classification(data, SMALL, seg_run, tmp_path/'r', workers=1)
+def test_a_run_cut_off_before_its_calibration_is_not_trained(data, seg_run, cut_off, tmp_path):
+    shutil.copytree(cut_off[0], tmp_path/'r')
     assert training.read_run(tmp_path/'r')['folds'] == []
-    training.train_classification(data, SMALL, seg_run, tmp_path/'r', workers=1, resume=True)
+    train(data, seg_run, tmp_path/'r', resume=True)
     assert training.read_run(tmp_path/'r')['folds'] == [0] and (tmp_path/'r'/'oof.csv').exists()
 
 
-def test_a_finished_fold_is_left_alone_when_a_run_goes_on(data, seg_run, tmp_path, monkeypatch, capsys):
+def test_a_finished_fold_is_left_alone_when_a_run_goes_on(data, seg_run, cut_off, tmp_path, monkeypatch, capsys):
     "A kill while another fold trains must not take the first one's calibration"
-    run = train(data, seg_run, tmp_path/'r')
+    run = shutil.copytree(cut_off[1], tmp_path/'r')
     before = {p: p.read_bytes() for p in (run/'fold0').rglob('*') if p.is_file()} | {run/'oof.csv': (run/'oof.csv').read_bytes()}
     def stopped(*_): raise KeyboardInterrupt
     with monkeypatch.context() as m:
@@ -414,12 +427,9 @@ def _other_bytes(path):
 
 
 @pytest.mark.parametrize('damage', [lambda p: p.write_bytes(p.read_bytes()[:5000]), _other_bytes, lambda p: torch.save([1, 2], p)], ids=['cut', 'bytes', 'else'])
-def test_a_damaged_checkpoint_is_left_out(data, seg_run, tmp_path, monkeypatch, capsys, damage):
-    whole = train(data, seg_run, tmp_path/'whole')
-    def stopped(*_): raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        m.setattr(training, '_write_oof', stopped)
-        with pytest.raises(KeyboardInterrupt): train(data, seg_run, tmp_path/'r')
+def test_a_damaged_checkpoint_is_left_out(data, seg_run, cut_off, tmp_path, capsys, damage):
+    cut, whole = cut_off
+    shutil.copytree(cut, tmp_path/'r')
     *_, older, newest = sorted((tmp_path/'r'/'fold0'/'checkpoints').glob('epoch_*.pt'))
     damage(newest)
     capsys.readouterr()
@@ -505,9 +515,9 @@ def test_weights_for_a_network_that_takes_none_are_refused(data, seg_run, tmp_pa
     assert not (tmp_path/'r').exists()
 
 
-def test_the_calibration_is_of_what_the_model_says(data, seg_run, tmp_path):
+def test_the_calibration_is_of_what_the_model_says(data, cut_off, tmp_path):
     "Not of a patient who was lifted to the likeliest vertebra: a bundle lifts after the calibration"
-    run = train(data, seg_run, tmp_path/'r')
+    run = shutil.copytree(cut_off[1], tmp_path/'r')
     store, truth, cls = crops_module.Crops(run/'crops'/crops_module.crop_key(SMALL.classification)), read_train(data/'train.csv'), SMALL.classification
     model = CrackNetBiLSTM(cls)
     model.load_state_dict(load_file(run/'fold0'/'model.safetensors'))
