@@ -433,7 +433,7 @@ def _one_comb(stack, notes):
     notes.append(f'{len(combs)} volumes, one inside the other: slices lie at {len(combs)} distances in turn; took {_a_comb(combs[0])}, left out {len(stack) - len(combs[0])}')
     return combs[0]
 
-def _first_of(c): return -len(c), c[0][0].acquisition, c[0][0].instance or 0
+def _first_of(c): return -len(c), c[0][0].acquisition, c[0][0].instance or 0, _natural(c[0][0].path)
 
 def _a_comb(stack): return f'the {len(stack)} slices from {stack[0][0].name} to {stack[-1][0].name}'
 

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from conditions import CONDITIONS, neck
 
+from test_ctfile import mutated
+
 from cspine.dicom import DicomError, read_series
 
 
@@ -30,3 +32,15 @@ def test_it_is_read_right_and_said(tmp_path, scan, name, capfd):
         other = np.roll(right, 4, axis=2)[:-1]   # of two volumes either is right
         assert any(volume.hu.shape == r.shape and (volume.hu == r).all() for r in ([right, other] if name.startswith('two volumes') else [right])), (volume.hu.shape, notes)
     assert capfd.readouterr() == ('', '')
+
+
+def test_four_thousand_mutated_files_of_these_kinds(tmp_path, scan):
+    "One file of each condition, small: each mutation of it is read or refused by our own error."
+    hu, affine = scan
+    for k, (name, (write, _)) in enumerate(CONDITIONS.items()):
+        folder = tmp_path/f'{k}'
+        folder.mkdir()
+        write(folder, hu[::8, ::4, ::4] if not name.startswith(('two', '3 mm')) else hu[:, ::6, ::6], affine)
+        for p in sorted(folder.rglob('*.dcm'))[:1]: p.rename(tmp_path/f'{k:03}.seed')
+    ends = mutated(tmp_path, 4000)
+    assert 'shape' not in ends and min(ends['read'], ends['refused'], ends['damaged']) > 300 and sum(ends.values()) >= 4000

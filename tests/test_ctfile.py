@@ -249,27 +249,20 @@ def test_an_enhanced_file_without_a_modality_is_ct(tmp_path):
     assert same(read_series(tmp_path / 'e'), hu, affine).notes == []
 
 
-def test_ten_thousand_mutated_files(tmp_path):
-    "Bit flips, cuts, overwritten lengths: each is read or refused by our own error, in a process that survives it."
-    for syntax in ('explicit', 'jpeg_lossless'):
-        path = enhanced(*block((3, 24, 20)), tmp_path / f'enhanced_{syntax}', syntax=syntax) / 'all.dcm'
-        path.rename(tmp_path / f'{syntax}.seed')
+def mutated(root, n):
+    "What becomes of `n` mutations of the files root/*.seed (bit flips, cuts, overwritten lengths), in a process that survives them: outcome -> number."
     code = f'''
 import collections, json, logging, resource, warnings, numpy as np
 from pathlib import Path
 import cspine.ctfile as c
-from cspine.dicom import write_series, _hu, Damaged
+from cspine.dicom import _hu, Damaged
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL); c.FRAME_LIMIT = .5
-root, ends, seeds = Path({str(tmp_path)!r}), collections.Counter(), []
-y, x = np.mgrid[:24, :20]
-hu = (20*x + 13*y + np.random.default_rng(0).normal(0, 30, (1, 24, 20))).astype("i2")
-for s in c.SYNTAXES:
-    seeds.append((write_series(hu, np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]], root/s, syntax=s)/"1.dcm").read_bytes())
-seeds += [p.read_bytes() for p in sorted(root.glob("*.seed"))]
+root, ends = Path({str(root)!r}), collections.Counter()
+seeds = [p.read_bytes() for p in sorted(root.glob("*.seed"))]
 path = root/"x.dcm"
 with c.Decoders() as decode:
-    for i in range(10_000):
+    for i in range({n}):
         r = np.random.default_rng(i); b = bytearray(seeds[i % len(seeds)]); kind = (i // len(seeds)) % 5
         at = lambda: int(r.integers(132, len(b)))
         if kind == 0: b = b[:at()]
@@ -287,7 +280,19 @@ print(json.dumps(ends))
 '''
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
-    ends = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_ten_thousand_mutated_files(tmp_path):
+    "Each is read or refused by our own error."
+    for syntax in ('explicit', 'jpeg_lossless'):
+        path = enhanced(*block((3, 24, 20)), tmp_path / f'enhanced_{syntax}', syntax=syntax) / 'all.dcm'
+        path.rename(tmp_path / f'z_{syntax}.seed')
+    y, x = np.mgrid[:24, :20]
+    hu = (20*x + 13*y + np.random.default_rng(0).normal(0, 30, (1, 24, 20))).astype('i2')
+    for k, s in enumerate(SYNTAXES):
+        (write_series(hu, np.diag([-1., 1, 1, 1])[:, [2, 1, 0, 3]], tmp_path / s, syntax=s) / '1.dcm').rename(tmp_path / f'{k:02}.seed')
+    ends = mutated(tmp_path, 10_000)
     assert 'shape' not in ends and min(ends['read'], ends['refused'], ends['damaged']) > 500 and sum(ends.values()) >= 10_000
 
 
