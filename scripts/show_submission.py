@@ -229,13 +229,14 @@ def plain(data, uids):
     """A plain loop over the same networks: pydicom, one study after the other, a batch of one, float32."""
     import torch
 
-    from cspine import classification, cropping, engine
+    from cspine import classification, cropping, engine, segmentation
     from cspine.bundle import default_bundle, load_bundle
     from cspine.dicom import Volume
     from cspine.segmentation import predict_labels
 
     bundle = load_bundle(default_bundle())
     assert not any(hasattr(m, "engine") for m in bundle.networks) and engine
+    segmentation.fast_dtype = lambda device: None  # float32 where the CPU has bfloat16, too
     for uid in uids:
         ds = sorted((dcmread(p) for p in slices(data / "test_images" / uid)), key=lambda d: -float(d.ImagePositionPatient[2]))
         hu = np.stack([d.pixel_array * float(d.RescaleSlope) + float(d.RescaleIntercept) for d in ds]).astype(np.int16)
