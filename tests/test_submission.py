@@ -865,12 +865,16 @@ def test_a_complete_csv_stands_before_the_first_study(tmp_path, fake_reader):
 
 def test_new_studies_and_old_ones_that_lack_a_picture(tmp_path, processes):
     """Both in one run: the predictors are asked twice."""
-    scans(tmp_path, _1_0={}, _1_1={})
+    parts = tmp_path / "s.csv.parts"
+    def views():
+        return sum(p.read_bytes() == b"seen" for p in parts.glob("*.npz"))
+    scans(tmp_path, _1_0={}, _1_1={}, _1_2={})
     submit_here(tmp_path, processes)
-    scans(tmp_path, _1_2={})
-    for _ in range(2):  # the rows are others first, and then the same
-        report = submit_here(tmp_path, processes, pictures=3, time_limit=60)
-        assert report["counts"] == {"predicted": 3} and len(report["pictured"]) == 3
-    make(tmp_path / "scans/1.3", hu=500)
-    (tmp_path / "scans/1.3/1.dcm").write_text("{}")
-    assert submit_here(tmp_path, processes, pictures=4, time_limit=60)["counts"] == {"predicted": 4}
+    assert not views()
+    (parts / "study_00000.json").unlink()  # as if it had not been answered
+    report = submit_here(tmp_path, processes, pictures=3, time_limit=60)
+    assert report["counts"] == {"predicted": 3} and report["reused"] == 2 and len(report["pictured"]) == views() == 3
+    for p in parts.glob("*.npz"):
+        p.unlink()
+    report = submit_here(tmp_path, processes, pictures=2, time_limit=60)  # nothing is new
+    assert report["reused"] == 3 and len(report["pictured"]) == views() == 2
