@@ -157,15 +157,22 @@ def _walk(buf, i, h, whole):
         except _CutOff:
             if whole: h['cut'] = True; break
             raise
-        if tag == _PIXELS: h['offset'], h['length'] = i, length; break
+        if tag == _PIXELS and length:   # an empty one has another behind it
+            h['offset'], h['length'] = i, length
+            break
         if length == _UNDEFINED: i = r.skip(i, _SEQUENCE_END, r.explicit and vr != b'UN'); continue
         if i + length > end:
             if not whole: raise _CutOff
             h['cut'] = True; break
         if (name := _TAGS.get(tag)) and name not in h:
             if name in _WORDS: h[name] = r.word(buf, i)[0] if length >= 2 else None
-            else: h[name] = str(buf[i:i+min(length, 1024)], 'latin-1').strip(' \0')
+            else: h[name] = _text(buf[i:i+min(length, 1024)])
         i += length
+
+def _text(raw):
+    "Letters of an element: UTF-8 where they are that, whatever the character set is said to be"
+    try: return str(raw, 'utf-8').strip(' \0')
+    except UnicodeDecodeError: return str(raw, 'latin-1').strip(' \0')
 
 def _after_pixels(f, h):
     "What a slice needs and some writers put behind its pixels"
@@ -225,6 +232,7 @@ _STORAGE = '1.2.840.10008.5.1.4.1.1.'   # what a SOP class of images, reports, .
 _CT_CLASSES = (f'{_STORAGE}2', f'{_STORAGE}2.1', f'{_STORAGE}2.2')
 _PLACED = 'ImagePositionPatient', 'PixelSpacing', 'RescaleSlope'   # with these a secondary capture is as good as a slice
 _SIDE = 8192            # rows or columns; the largest CT matrix sold is 2048 (from memory)
+_PIXEL_MM = .02, 20     # no CT has smaller pixels, or larger ones
 _FRAMES = 20000         # in one file
 _STEEP, _FAR = 1000, 1e5 # HU: a slope and an intercept that no CT has
 
@@ -301,7 +309,7 @@ def read_header(
         raise Unusable('is cut off in its header')
     kind = h.get('SOPClassUID') or ''
     if not h.get('Modality') and kind in _CT_CLASSES: h['Modality'] = 'CT'
-    modality = h.get('Modality') or ''
+    modality = (h.get('Modality') or '').upper()
     if kind in _NO_IMAGE: raise Unusable(f'is {_NO_IMAGE[kind]}', 'no image')
     if not h.get('Rows') or not h.get('Columns'):
         if 'pydicom' in h and modality not in _NO_IMAGE_OF: raise Unusable(h['pydicom']) # it stopped early
@@ -320,7 +328,10 @@ def read_header(
 def _checked(slices):
     "The slices, if millimetres and Hounsfield units can be had from what they say; saying nothing of a rescale is no fault."
     for s in slices:
-        if s.pixel is None or min(s.pixel) <= 0: raise Unusable('has no pixel spacing', 'no spacing')
+        if s.pixel is None or min(s.pixel) <= 0:
+            said = s.h.get('PixelSpacing')
+            raise Unusable(f'has an unreadable pixel spacing ({printable(said)!r})' if said else 'has no pixel spacing', 'no spacing')
+        if not _PIXEL_MM[0] <= min(s.pixel) <= max(s.pixel) <= _PIXEL_MM[1]: raise Unusable(f'has a pixel spacing of {s.pixel[0]:g} x {s.pixel[1]:g} mm')
         for name, v, words in (('RescaleSlope', s.slope, 'rescale slope'), ('RescaleIntercept', s.intercept, 'rescale intercept')):
             if v is None and (said := s.h.get(name)): raise Unusable(f'has an unreadable {words} ({printable(said)!r})')
         # one HU for all stored values, or two neighbours of them further apart than air and bone
@@ -374,7 +385,9 @@ def _frames(path, h):
         if not each: raise Unusable(f'holds {n} frames in one file and does not say where they lie', 'picture')
         if len(each) != n: raise Unusable(f'has a damaged header ({n} frames, {len(each)} described)')
         common, where = h | (_group_values(shared[0]) if shared else {}), _where(path, h, n)
-        slices = [CTSlice(path, common | _group_values(g), k, where[k]) for k, g in enumerate(each)]
+        with _WARNINGS, warnings.catch_warnings():   # pydicom looks at the values when they are asked for
+            warnings.simplefilter('ignore')
+            slices = [CTSlice(path, common | _group_values(g), k, where[k]) for k, g in enumerate(each)]
     except Unusable: raise
     except Exception as e: raise Unusable(f'has a damaged header ({type(e).__name__})') from e
     return _checked(slices)
@@ -433,8 +446,8 @@ def _sniff(f, h):
         if not items: h['stream'] = h['offset'], h['offset'] + h['length']
         elif not undefined: words = f'compressed pixels of a defined length'
         if kind != family or not undefined: h.setdefault('odd', set()).add(f'{words}; read as such')
-    elif items and undefined and pieces[0][1] - pieces[0][0] >= size > 0: h['native'], h['offset'], h['length'] = True, pieces[0][0], pieces[0][1] - pieces[0][0]
-    elif undefined and not items: h['native'], h['length'] = True, f.seek(0, 2) - h['offset']
+    elif items and undefined and pieces[0][1] - pieces[0][0] >= size > 0: h['native'], h['offset'], h['length'] = True, pieces[0][0], size
+    elif undefined and not items: h['native'], h['length'] = True, min(f.seek(0, 2) - h['offset'], size)
     elif whole: h['native'] = True
     else: return   # `stored_values` says what is wrong
     if h['native']: h.setdefault('odd', set()).add('native pixels of undefined length; read as such' if undefined else f'{said}, but native pixels; read as these')
@@ -633,6 +646,7 @@ def _plain(s, h, buf):
     "Values that are not compressed; room is made for them only where the file has them."
     dtype, (rows, columns) = np.dtype(f'{">" if "big" in h else "<"}u{s.allocated//8}'), s.size
     start, bytes_ = s.where[0][0] if s.where else h['offset'], rows*columns*dtype.itemsize
+    if not s.where and h['length'] - bytes_ > 1: s.h.setdefault('odd', set()).add('more bytes of pixels than rows, columns and bits make; the first ones read')
     if start + bytes_ > h['offset'] + h['length']: raise Damaged('is cut off')
     if buf is not None:
         if start + bytes_ > len(buf): raise Damaged('is cut off')

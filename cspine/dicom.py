@@ -20,11 +20,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import generate_uid
 
-from .acquired import Acquired, lay_out, nifti_affine, standardize
+from .acquired import Acquired, lay_out, nifti_affine, nifti_unit, standardize
 from .ctfile import LOSSY, SYNTAXES, Damaged, Decoders, Unusable, encode_frame, printable, read_header, stored_values
 from .presets import CspineError, progress
 from .series import best_group, comb, few_names, groups, is_scout, plural, woven
-from .values import LEAST, OFFSET, Reading, is_body, is_ct, one_that_is_ct, other_slices, sample, what_is_odd, wrapped
+from .values import LEAST, OFFSET, Reading, is_body, is_ct, one_that_is_ct, other_slices, sample, unlike, what_is_odd, wrapped
 
 # %% ../nbs/01_dicom.ipynb #f16dead9
 @dataclass
@@ -135,14 +135,15 @@ def _pad(s):
     return None if max(hu) > -1000 and min(hu) < 3000 else (lo, hi)
 
 def _above(raw, s):
-    "Where one value stands that the stored bits cannot hold: padding. Drawings in the bits above (group 6000, once) are many values"
+    "Where one value stands that the stored bits cannot hold, and whether it is padding: in a corner; else metal or letters. Drawings in the bits above (group 6000, once) are many values"
     if s.signed or raw.dtype.kind != 'u' or raw.dtype.itemsize != 2 or s.high != s.bits - 1 or s.bits > 15: return None
     above = raw > (1 << s.bits) - 1
     if not above.any(): return None
     values = raw[above]
     if (values != values[0]).any(): return None
-    s.h['padding'] = int(values[0])
-    return above
+    padding = bool(above[[0, 0, -1, -1], [0, -1, 0, -1]].any())
+    if padding: s.h['padding'] = int(values[0])
+    return above, padding
 
 def _fold(v, s):
     v &= (1 << s.bits) - 1
@@ -165,7 +166,10 @@ def _hu(s, decode):
     raw, pad = stored_values(s, decode), _pad(s)
     if s.swapped: raw = raw.byteswap()
     a = _folded(raw, s)
-    outside = (a >= pad[0]) & (a <= pad[1]) if pad else _above(raw, s)
+    outside = (a >= pad[0]) & (a <= pad[1]) if pad else None
+    if not pad and (found := _above(raw, s)):
+        if found[1]: outside = found[0]
+        else: a = np.where(found[0], a.dtype.type((1 << s.bits) - 1), a)
     slope, intercept = 1. if s.slope is None else s.slope, s.intercept or 0.
     lo, hi = (-1 << s.bits - 1, (1 << s.bits - 1) - 1) if a.dtype.kind == 'i' else (0, (1 << s.bits) - 1)
     if (slope == 1 and intercept == int(intercept) and abs(intercept) < 32768 and a.dtype.itemsize == 2 # what fits, by its
@@ -230,7 +234,7 @@ def _place(slices, notes):
         most = Counter(tuple(np.round(s.position, 2)) for s in slices).most_common(1)[0][1]
         if len(slices) < 4 or most <= len(slices)/2: return
         same = 'the same position in most files, so not used'
-    else: same = 'no positions in the files'
+    else: same = 'positions that cannot be read' if slices[0].h.get('ImagePositionPatient') else 'no positions in the files'
     step, normal = slices[0].thickness or 1., slices[0].normal
     normal = normal*np.sign(normal[np.abs(normal).argmax()])   # to the left, the back, or the head
     distinct = lambda k: len({getattr(s, k) for s in slices} - {None}) == len(slices)
@@ -278,7 +282,7 @@ def _notes_on_values(slices, notes):
         notes.append('rescale differs between slices; each read by its own')
     if any(s.h.get('PhotometricInterpretation') == 'MONOCHROME1' for s in slices):
         notes.append('MONOCHROME1: meant to be shown inverted; the values are read as HU all the same')
-    kinds = {s.h.get('RescaleType') or 'HU' for s in slices} - {'HU'}
+    kinds = {(s.h.get('RescaleType') or 'HU').upper() for s in slices} - {'HU', 'HOUNSFIELD'}
     if kinds: notes.append(f'values are said to be in {", ".join(sorted(kinds))}, not HU')
     above = {s.h['padding']: s.bits for s in slices if 'padding' in s.h}
     for value, bits in above.items(): notes.append(f'values of {value}, which {bits} bits cannot hold: padding, taken for air')
@@ -324,7 +328,7 @@ def _read_nifti(path, straighten=True):
     except NiftiError: raise
     except Exception as e: raise NiftiError(f'{path} cannot be read as NIfTI ({type(e).__name__}: {e}); copy it again.') from None
     if not (img.header['sform_code'] or img.header['qform_code']): notes.append('no orientation in the NIfTI header; axes taken as right, front, head')
-    if (unit := img.header.get_xyzt_units()[0]) in ('meter', 'micron'): notes.append(f'the NIfTI header is in units of {unit}; brought to mm')
+    if (unit := nifti_unit(img)) in ('meter', 'micron'): notes.append(f'the NIfTI header is in units of {unit}; brought to mm')
     a, raw, affine = _nifti_slices(raw, affine, straighten, notes)
     standard, new, acquired = standardize(affine if a is None else a.affine, raw.shape if a is None else a.shape)
     hu = np.empty(new, 'i2')
@@ -332,12 +336,15 @@ def _read_nifti(path, straighten=True):
         view, lost, n = acquired(hu), 0, raw.shape[0 if a else 2]
         for k in range(n):
             frame = (raw[k] if a else raw[:, :, k])*float(slope) + float(inter)
+            frame[np.isposinf(frame)] = 32767   # metal, of a tool that divides
             bad = ~np.isfinite(frame)
             if bad.any(): lost += int(bad.sum()); frame[bad] = -1024
             if a: view[int(a.at[k])] = _int16(a.place(frame, k))
             else: view[:, :, k] = _int16(frame)
         return lost
-    if lost := fill(raw, slope, inter): notes.append(f'{plural(lost, "voxel")} without a number, taken for air')
+    lost = fill(raw, slope, inter)
+    if lost == hu.size: raise NiftiError(f'{path} holds no numbers; copy it again.')
+    if lost: notes.append(f'{plural(lost, "voxel")} without a number, taken for air')
     if hu.size >= LEAST and not (is_ct(some := sample(hu)) or is_body(some)):
         ways = [(f'the values are {OFFSET} above Hounsfield units', raw, slope, inter - OFFSET)]
         if raw.dtype.kind == 'u': ways.append((f'the data type is {raw.dtype}, but the values are signed numbers', raw.view(f'i{raw.dtype.itemsize}'), slope, inter))
@@ -427,7 +434,9 @@ def _volume(stack, folder, straighten, even, workers):
 def _one_comb(stack, notes):
     "Of slices that lie in combs, one inside the other, those of the first"
     first = stack[0][0]
-    of = comb([float(same[0].position @ first.normal) for same in stack], first.floats('SliceThickness', 1)[0] if first.floats('SliceThickness', 1) else 0.)
+    where, thick = np.array([same[0].position for same in stack]), first.floats('SliceThickness', 1)
+    unit = next((u for u in (1., .1) if np.allclose(where/u, np.rint(where/u), rtol=0, atol=1e-4)), .01)   # mm; what the positions are rounded to
+    of = comb(where @ first.normal, thick[0] if thick else 0., unit)
     if not of.any(): return stack
     combs = sorted(([same for same, k in zip(stack, of) if k == i] for i in range(of.max() + 1)), key=_first_of)
     notes.append(f'{len(combs)} volumes, one inside the other: slices lie at {len(combs)} distances in turn; took {_a_comb(combs[0])}, left out {len(stack) - len(combs[0])}')
@@ -442,11 +451,10 @@ def _one_of_two(v, stack, said, made, notes):
     at = v.acquired.at
     if len(at) < 12 or np.abs(at - np.rint(at)).max() > .01 or (np.rint(np.diff(at)) == 1).mean() < .9: return v, stack, said   # gaps do not matter
     at = np.rint(at).astype(int)
-    why = woven(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu)[at])
+    p, why = woven(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu)[at])
     if not why: return v, stack, said
-    parts = [[same for same, k in zip(stack, at) if k % 2 == odd] for odd in (0, 1)] if (np.diff(at) % 2).all() else [stack[::2], stack[1::2]]
-    one, other = sorted(parts, key=_first_of)
-    notes.append(f'two volumes, one inside the other ({why}): took {_a_comb(one)}, left out {len(other)}')
+    one, *_ = sorted(([same for same, k in zip(stack, at) if k % p == i] for i in range(p)), key=_first_of)
+    notes.append(f'{dict(zip((2, 3, 4), ("two", "three", "four")))[p]} volumes, one inside the other ({why}): took {_a_comb(one)}, left out {len(stack) - len(one)}')
     return made(one)
 
 _FEW = 5   # slices to try another reading on
@@ -469,6 +477,13 @@ def _low_bits(slices, raw):
     wide = raw.astype('i4') - ((raw >> s.allocated - 1).astype('i4') << s.allocated)
     return True if np.abs(wide).max() < 1 << s.bits - 1 else None
 
+def _more_bits(slices, raw):
+    "How many bits values have that go on above BitsStored; 0 where they do not, or where padding or a drawing lies there"
+    s, above = slices[0], raw >> slices[0].bits
+    if s.signed or raw.dtype.kind != 'u' or s.high != s.bits - 1 or not above.any() or (above[above > 0] == above.max()).all() and s.bits >= 12: return 0
+    def rough(a): return np.abs(np.diff(a.astype('i4'), axis=-1)).mean()
+    return int(raw.max()).bit_length() if rough(raw) < .8*rough(raw & (1 << s.bits) - 1) else 0   # without them values jump
+
 def _readings(slices, highest):
     "Other ways to read the stored values of slices, the largest of which is `highest`"
     first, out = slices[0], []
@@ -477,12 +492,15 @@ def _readings(slices, highest):
             for k, value in change.items(): setattr(s, k, value)
         out.append(Reading(what, apply))
     said, top = first.h.get('PixelRepresentation'), int(highest).bit_length()
-    if not first.signed and top in {first.bits, 12}:   # the highest bit that is used is the sign
+    if not first.signed and 11 <= top <= first.bits:   # the highest bit that is used is the sign
         other(f'PixelRepresentation is {"missing" if said is None else said}, but the values are signed numbers of {top} bits', signed=True, bits=top, high=top - 1)
-    if first.signed: other('PixelRepresentation is 1, but the values are unsigned', signed=False)
+    if first.signed:
+        other('PixelRepresentation is 1, but the values are unsigned', signed=False)
+        if 11 <= top < first.bits: other(f'BitsStored is {first.bits}, but the values are signed numbers of {top} bits', bits=top, high=top - 1)
     other('the bytes of the pixels are in the other order than the file says', swapped=True)
     if all((s.slope, s.intercept) == (first.slope, first.intercept) for s in slices) and (first.intercept or 0) > -OFFSET/2:
-        other(f'the values are {OFFSET} above Hounsfield units, which the rescale intercept should have taken off', intercept=(first.intercept or 0.) - OFFSET)
+        for by in (OFFSET, 4096, 8192, 32768):   # of old scanners, and of tools that know no signed numbers
+            other(f'the values are {by} above Hounsfield units, which the rescale intercept should have taken off', intercept=(first.intercept or 0.) - by)
     return out
 
 def _right_values(v, stack, said, again, notes):
@@ -496,6 +514,11 @@ def _right_values(v, stack, said, again, notes):
     if few[0].high != few[0].bits - 1 and (low := _low_bits(few, _stored(few))) is not None:
         notes.append(f'HighBit is {few[0].high}, but the values are in the lowest {few[0].bits} bits: read so')
         for s in slices: s.high, s.signed = s.bits - 1, s.signed or low
+        v, stack, said = again()
+        some = sample(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu))
+    if few[0].bits < few[0].allocated == 16 and (used := _more_bits(few, _stored(few))):
+        notes.append(f'BitsStored is {few[0].bits}, but the values use {used} bits: read so')
+        for s in slices: s.bits, s.high = used, used - 1
         v, stack, said = again()
         some = sample(standardize(v.acquired.affine, v.acquired.shape)[2](v.hu))
     lifted = other_slices(some) if len(some) == len(stack) else np.zeros(1, bool)
@@ -523,6 +546,8 @@ def _right_values(v, stack, said, again, notes):
         notes.append(f'{right.what}: read so')
     else:
         notes += what_is_odd(some)
+        if len(some) == len(stack) and (odd := unlike(some)).any():
+            notes.append(f'{plural(int(odd.sum()), "slice")} with values of another kind than the others: {few_names([same[0] for same, o in zip(stack, odd) if o])}; these may not be Hounsfield units')
         return v, stack, said
     return again()
 

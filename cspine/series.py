@@ -17,8 +17,10 @@ from .ctfile import printable
 # %% ../nbs/01_series.ipynb #5eebfaae
 # words of hospitals in English, German, French, Spanish, Portuguese, Italian and Dutch, and Latin; accents are taken off before.
 # A word that goes on (HWS_Trauma) counts, the end of another (thoracic spine) does not.
-_NECK = re.compile(r'(?<![a-z])(neck|headneck|c[ ._-]?spine|csp(?![a-z])|[cz]ervi(?!x)|cerv(?![a-z])|hals(?=wir|wer|weich|gef|sch|[^a-z]|$)|nacken|hws(?![a-z])|hwk(?![a-z])|'
-                   r'cou(?![a-z])|nuque|cuello|pescoco|collo(?![a-z])|nek(?![a-z])|nekwer|cwk(?![a-z]))')
+_NECK = re.compile(r'(?<![a-z])(neck(?!ar|line)|headneck|c[ ./_-]?spine|spine[ _-]c(?![a-z])|c1 ?[-/] ?c?7|csp(?![a-z])|c-wk|cwz(?![a-z])|(rachis|coluna|columna|colonna|col) c(?![a-z])|[cz]ervi(?!x)|cerv(?![a-z])|hals(?=wir|wer|weich|gef|sch|[^a-z]|$)|nacken|hws(?![a-z])|hwk(?![a-z])|'
+                   r'cou(?![a-z])|nuque|cuello|pescoco|collo(?![a-z])|nek(?![a-z])|nekwer|cwk(?![a-z]))|(kopf|schadel|schaedel|tissue|head)[ -]?(hals|neck)|(crani?o|occipito|cephalo) ?cervi(?!x)')
+# bones and organs have necks, too
+_OTHER_NECKS = re.compile(r'femor|femur|humer|radial neck|radius|uter|pied|schenkelhals|gebarmutter|gebaermutter|blasenhals|bladder|(?<![a-z])cervix')
 _ELSEWHERE = re.compile(r'(?<![a-z])(head|brain|skull|sinus|chest|thora|lung|abdom|pelvi|lumb|[tl][ ._-]?spine|shoulder|cervix|uter|'
                         r'(knee|hip|heart|leg|foot|hand|bws|lws|bwk|lwk|twk|tete|testa|anca|ombro)(?![a-z])|'
                         r'kopf|schaedel|schadel|hirn|gehirn|brust|lende|bauch|becken|schulter|'
@@ -33,6 +35,7 @@ def says_neck(
     "Whether words name the neck; where they name more than one part of the body, the neck counts."
     text = unicodedata.normalize('NFKD', text.lower().replace('ß', 'ss'))
     text = ''.join(c for c in text if not unicodedata.combining(c))
+    if _OTHER_NECKS.search(text): return -1
     return 1 if _NECK.search(text) else -1 if _ELSEWHERE.search(text) else 0
 
 # %% ../nbs/01_series.ipynb #b077863b
@@ -45,7 +48,7 @@ def kinds(s):
 # what the slices of one volume share, and whether two of them do
 ALIKE = dict(size=lambda a, b: a.size == b.size, spacing=lambda a, b: np.allclose(a.pixel, b.pixel, rtol=1e-3, atol=0),
              orientation=lambda a, b: (a.orientation is None) == (b.orientation is None) and np.allclose(a.orientation or 0, b.orientation or 0, rtol=0, atol=.01),
-             position=lambda a, b: (a.position is None) == (b.position is None), kernel=lambda a, b: a.h.get('ConvolutionKernel') == b.h.get('ConvolutionKernel'),
+             position=lambda a, b: (a.position is None) == (b.position is None), kernel=lambda a, b: (a.h.get('ConvolutionKernel') or '').upper() == (b.h.get('ConvolutionKernel') or '').upper(),
              kind=lambda a, b: kinds(a) & ({'LOCALIZER'} | _MADE_UP - {'MPR', '3D'}) == kinds(b) & ({'LOCALIZER'} | _MADE_UP - {'MPR', '3D'}))
 # what may tell two volumes apart that cover the same place: attribute, and its name in a note
 APART = dict(AcquisitionNumber='acquisition', SliceThickness='slice thickness', RescaleType='kind of values', ImageType='image type', KVP='tube voltage',
@@ -55,9 +58,17 @@ APART = dict(AcquisitionNumber='acquisition', SliceThickness='slice thickness', 
              TriggerTime='trigger time', NominalPercentageOfCardiacPhase='cardiac phase', PatientPosition='patient position', BodyPartExamined='body part', SeriesNumber='series number')
 
 def _value(s, name):
-    "An attribute for comparison: 1.50 and 1.5 are one thickness"
-    v = s.floats(name, 1)
-    return (s.h.get(name) or '') if v is None or '\\' in s.h[name] else round(v[0], 2)
+    "An attribute for comparison: 1.50, 1.5 and 1.51 are one thickness, and what is added to an image type makes no other one"
+    v, said = s.floats(name, 1), s.h.get(name) or ''
+    if name == 'ImageType': return '\\'.join(said.upper().split('\\')[:3])
+    return said.upper() if v is None or '\\' in said else float(f'{v[0]:.2g}') if name in ('SliceThickness', 'ReconstructionDiameter') else round(v[0], 2)
+
+_WEAK = 'AcquisitionNumber', 'TriggerTime', 'NominalPercentageOfCardiacPhase', 'IrradiationEventUID', 'AcquisitionUID'   # two rows of a detector may alternate in these
+
+def _abut(g):
+    "Whether the slices are as thick as they are far apart: they make up one volume"
+    gaps, thick = np.diff(np.unique(np.round(_heights(g), 2))), g[0].floats('SliceThickness', 1)
+    return thick is not None and len(gaps) > 0 and len(gaps) >= len(g) - 1 and np.ptp(gaps) < .05*gaps.mean() + .011 and thick[0] < 1.2*gaps.mean()
 
 def _heights(g): return [float(np.dot(s.position, s.normal)) for s in g]
 
@@ -74,7 +85,7 @@ def apart(
     for name in APART:
         parts = {}
         for s in g: parts.setdefault(_value(s, name), []).append(s)
-        if len(parts) == 1 or not _among(list(parts.values())): continue
+        if len(parts) == 1 or not _among(list(parts.values())) or (name in _WEAK and _abut(g)): continue
         return list(itertools.chain.from_iterable(apart(p)[0] for p in parts.values())), name
     return [g], ''
 
@@ -123,7 +134,8 @@ def _of_bone(g): return bool(re.search('bone|knochen|(?<![a-z])(os|osso|osseo|hu
 
 def _of_hu(g):
     "2: Hounsfield units, or not a word; 1: modified ones; 0: grams, atomic numbers, percent (PS3.3, C.11.1.1.2)"
-    return dict(HU=2, US=2, HU_MOD=1).get((g[0].h.get('RescaleType') or 'HU').upper(), 0)
+    made = re.search(r'iodine|iod(?![a-z])|mono ?e|monoenerg|z[ _-]?eff|virtual|vnc|water', (g[0].h.get('SeriesDescription') or '').lower())
+    return dict(HU=1 if made else 2, HOUNSFIELD=2, US=2, HU_MOD=1).get((g[0].h.get('RescaleType') or 'HU').upper(), 0)
 
 def is_scout(g): return 'LOCALIZER' in kinds(g[0])
 
@@ -157,17 +169,20 @@ def best_group(
 def comb(
     heights,        # (n,) mm along the normal, rising
     thickness=0.,   # of a slice in mm; 0: not known
+    unit=.01,       # mm to which the positions are rounded
 ) -> np.ndarray:    # (n,) of 0, 1 (and 2): the comb of each slice; all 0 where there is one
     "In which of two or three combs of equal spacing each slice lies, where there are combs, one inside the other."
     heights, one = np.asarray(heights, float), np.zeros(len(heights), int)
     for p in (2, 3):
         if len(heights) < 4*p + 1: break
         turns = heights[p:] - heights[:-p]
-        period = turns[np.abs(turns/np.median(turns) - 1) < .05].mean()   # of all that are no gap, so that rounding does not add up
-        phase, near = (heights - heights[0])/period, .02 + .011/period                          # what rounding does to positions
+        turns = turns[np.abs(turns/np.median(turns) - 1) < .05]
+        if len(turns) < 4: continue
+        period = turns.mean()   # of all that are no gap, so that rounding does not add up
+        phase, near = (heights - heights[0])/period, .02 + 1.1*unit/period                          # what rounding does to positions
         off = np.abs((phase[:, None] - phase[:p] + .5) % 1 - .5)                                # from the place of each comb
         gaps = np.diff(np.r_[phase[:p], 1])
-        if phase[p-1] > .95 or off.min(1).max() > near or gaps.max() - gaps.min() < .1 or len(np.unique(off.argmin(1))) < p: continue
+        if phase[p-1] > .95 or off.min(1).max() > near or gaps.max() - gaps.min() < max(.1, 2.2*unit/period) or len(np.unique(off.argmin(1))) < p: continue
         least = gaps.min()*period
         lacks = np.abs(gaps/gaps.min() - np.rint(gaps/gaps.min())).max() < .05 and not thickness > 1.2*least
         if not lacks: return off.argmin(1)   # else: one series, of which every third slice is missing
@@ -181,15 +196,17 @@ def _alternates(f, least):
 
 def woven(
     view,      # (slices, rows, columns) HU, in the order of their positions
-) -> str:      # what speaks for two volumes, woven into one; '' where nothing does
-    "Whether every other slice belongs to another volume, by the voxels."
-    if len(view) < 12 or min(view.shape[1:]) < 16: return ''
+) -> tuple:    # number of volumes, woven into one, and what speaks for that; (1, '') where nothing does
+    "Whether every other slice, or every third or fourth, belongs to another volume, by the voxels."
+    if len(view) < 12 or min(view.shape[1:]) < 16: return 1, ''
     v = np.clip(view[:, ::max(1, view.shape[1]//32)], -1000, 1500).astype('f4')   # metal and padding would speak loudest
     step = np.abs(np.diff(v[:, :, ::4], axis=0)).mean((1, 2))
-    next_but_one = np.abs(v[2:, :, ::4] - v[:-2, :, ::4]).mean((1, 2))
-    if (next_but_one < .9*(step[1:] + step[:-1])/2).mean() > .8: return 'slices agree with the next but one better than with the next'
+    for p, which in ((2, 'next but one'), (3, 'third'), (4, 'fourth')):
+        if len(v) < 6*p: break
+        lag = np.abs(v[p:, :, ::4] - v[:-p, :, ::4]).mean((1, 2))
+        if (lag < .9*np.convolve(step, np.full(p, 1/p), 'valid')).mean() > .8: return p, f'slices agree with the {which} better than with the next'
     sharp = np.abs(np.diff(v, axis=2)).mean((1, 2))
-    if _alternates(sharp, .05*sharp.mean() + 1e-3): return 'every other slice is sharper'
+    if _alternates(sharp, .05*sharp.mean() + 1e-3): return 2, 'every other slice is sharper'
     bright = v.mean((1, 2))
-    if _alternates(bright, 4.): return 'every other slice is brighter'
-    return ''
+    if _alternates(bright, 4.): return 2, 'every other slice is brighter'
+    return 1, ''

@@ -87,6 +87,22 @@ def _(folder, hu, A): two(folder, hu, A)
 def _(folder, hu, A): two(folder, hu, A, by=1/3)
 
 
+@condition('two volumes: three passes, a third of a slice apart', 'three volumes, one inside the other')
+def _(folder, hu, A):
+    write_series(hu, A, folder, uid='1.2.3')
+    for j in (1, 2):
+        at = folder/f's{j}'
+        write_series(np.roll(hu, 4*j, axis=2)[:-1], between(A, j/3), at, uid='1.2.3')
+        def change(ds, k, j=j): ds.SOPInstanceUID, ds.InstanceNumber = f'1.2.{j}.{k}', 100*j + k
+        each(at, change)
+
+
+@condition('two volumes, half a slice further, one slice lost', 'two volumes, one inside the other')
+def _(folder, hu, A):
+    two(folder, hu, A)
+    (folder/'b20.dcm').unlink()
+
+
 @condition('two volumes: a sharper kernel, which no header names', 'every other slice is')
 def _(folder, hu, A):
     rng = np.random.default_rng(0)
@@ -226,6 +242,70 @@ def _(folder, hu, A):
     each(folder, change)
 
 
+@condition("two's complement in 14 of 16 stored bits under PixelRepresentation 0", 'signed numbers of 14 bits')
+def _(folder, hu, A): stored(folder, hu, A, np.where(hu < 0, hu + (1 << 14), hu).astype('u2'), RescaleIntercept=0)
+
+
+@condition("two's complement in 12 bits under PixelRepresentation 1 and 16 stored bits", 'signed numbers of 12 bits')
+def _(folder, hu, A):
+    hu = hu.clip(-1024, 2047)
+    stored(folder, hu, A, hu.astype('i2').view('u2') & 0xFFF, RescaleIntercept=0, PixelRepresentation=1)
+    return hu
+
+
+@condition('an offset of 32768', '32768 above')
+def _(folder, hu, A): stored(folder, hu, A, (hu.astype(int) + 32768).astype('u2'), RescaleIntercept=0)
+
+
+@condition('BitsStored cuts the values', 'the values use 12 bits')
+def _(folder, hu, A): stored(folder, hu, A, (hu + 1024).astype('u2'), BitsStored=10, HighBit=9)
+
+
+@condition('inverted values', 'may not be Hounsfield units')
+def _(folder, hu, A):
+    out = (-hu.astype(int)).astype('i2')
+    stored(folder, hu, A, out, RescaleIntercept=0, PixelRepresentation=1)
+    return out
+
+
+@condition('a rescale slope of .1', 'may not be Hounsfield units')
+def _(folder, hu, A):
+    stored(folder, hu, A, (hu + 1024).astype('u2'), RescaleSlope='.1')
+    return np.rint((hu + 1024)*.1 - 1024)
+
+
+@condition('an 8-bit window', 'may not be Hounsfield units')
+def _(folder, hu, A):
+    out = ((hu.astype(int) + 160)/400*255).clip(0, 255).astype('u2')
+    stored(folder, hu, A, out)
+    return out.astype(int) - 1024
+
+
+@condition('some slices in another form', '4 slices with values of another kind')
+def _(folder, hu, A):
+    write_series(hu, A, folder, uid='1.2.3')
+    for k in (10, 11, 20, 30):
+        ds = pydicom.dcmread(folder/f'{k}.dcm')
+        ds.PixelData, ds.RescaleIntercept = hu[k - 1].astype('i2').tobytes(), 0
+        ds.save_as(folder/f'{k}.dcm')
+    return 'said'
+
+
+@condition('metal above the stored bits is no padding')
+def _(folder, hu, A):
+    v = (hu + 1024).astype('u2')
+    v[20, 40:46, 40:46], out = 4096, hu.copy()
+    out[20, 40:46, 40:46] = 3071
+    stored(folder, hu, A, v, BitsStored=12, HighBit=11)
+    return out
+
+
+@condition('more bytes of pixels than the matrix has', 'more bytes of pixels')
+def _(folder, hu, A):
+    write_series(hu, A, folder, uid='1.2.3')
+    each(folder, lambda ds, k: setattr(ds, 'PixelData', ds.PixelData + bytes(512)))
+
+
 @condition('padding of 63536 in 12 bits', 'padding')
 def _(folder, hu, A):
     v, out = (hu + 1024).astype('u2'), hu.copy()
@@ -287,6 +367,35 @@ def _(folder, hu, A): nifti(folder, hu + np.int16(1024), A)
 def _(folder, hu, A): nifti(folder, hu.view('u2'), A)
 
 
+@condition('pixels of a hundredth of a millimetre', 'error: pixel spacing of')
+def _(folder, hu, A):
+    write_series(hu, A, folder, uid='1.2.3')
+    each(folder, lambda ds, k: setattr(ds, 'PixelSpacing', ['.0019', '.0019']))
+
+
+# one volume, whatever alternates in its headers or positions
+
+@condition('rounded positions are one volume', 'uneven spacing')
+def _(folder, hu, A):
+    B = A.copy()
+    B[:3, 0] *= 1.5/np.linalg.norm(A[:3, 0])
+    write_series(hu, B, folder, uid='1.2.3')
+    each(folder, lambda ds, k: setattr(ds, 'ImagePositionPatient', [f'{float(v):.0f}' for v in ds.ImagePositionPatient]))
+    return 'evened'
+
+
+@condition('two rows of a detector that count acquisitions in turn')
+def _(folder, hu, A):
+    write_series(hu, A, folder, uid='1.2.3')
+    each(folder, lambda ds, k: setattr(ds, 'AcquisitionNumber', 1 + k % 2))
+
+
+@condition('a thickness that is written in two ways')
+def _(folder, hu, A):
+    write_series(hu, A, folder, uid='1.2.3')
+    each(folder, lambda ds, k: setattr(ds, 'SliceThickness', ('2.00', '2.01')[k % 2]))
+
+
 # which series
 
 def beside(folder, hu, A, number, n=40, **says):
@@ -300,10 +409,11 @@ def _(folder, hu, A):
 
 
 for _good, _bad in (('HEADNECK', 'CHEST'), ('HALSWIRBELSAEULE', 'BRUSTWIRBELSAEULE'), ('Halswirbelsäule', 'Brustwirbelsäule'), ('HWS', 'BWS'), ('CSPINE', 'TSPINE'), ('CERVICAL', 'CERVIX'),
-                    ('RACHIS CERVICAL', 'RACHIS DORSAL'), ('COLUMNA CERVICAL', 'COLUMNA LUMBAR'), ('COLUNA CERVICAL', 'TÓRAX'), ('COLLO', 'TORACE'), ('NEK', 'BUIK'), ('COU', 'CRÂNE')):
+                    ('RACHIS CERVICAL', 'RACHIS DORSAL'), ('COLUMNA CERVICAL', 'COLUMNA LUMBAR'), ('COLUNA CERVICAL', 'TÓRAX'), ('COLLO', 'TORACE'), ('NEK', 'BUIK'), ('COU', 'CRÂNE'), ('C1-C7', 'FEMORAL NECK'),
+                    ('KopfHals', 'Schenkelhals'), ('cuello', 'cuello femoral'), ('craniocervical', 'Tórax')):
     def _(folder, hu, A, good=_good, bad=_bad):
         # the name may stand in a description, where umlauts are allowed
-        beside(folder, hu[::-1], A, 1, SeriesDescription=bad, SpecificCharacterSet='ISO_IR 100')
+        beside(folder, hu[::-1], A, 1, SeriesDescription=bad, SpecificCharacterSet='ISO_IR 192' if bad == 'Tórax' else 'ISO_IR 100')
         beside(folder, hu, A, 2, n=30, SeriesDescription=good, SpecificCharacterSet='ISO_IR 100')
         return hu[:30]
     CONDITIONS[f'{_good} beside {_bad}'] = _, 'more than one series'

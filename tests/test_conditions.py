@@ -37,10 +37,10 @@ def test_it_is_read_right_and_said(tmp_path, scan, name, capfd):
 def test_four_thousand_mutated_files_of_these_kinds(tmp_path, scan):
     "One file of each condition, small: each mutation of it is read or refused by our own error."
     hu, affine = scan
-    for k, (name, (write, _)) in enumerate(CONDITIONS.items()):
+    for k, (write, _) in enumerate(CONDITIONS.values()):
         folder = tmp_path/f'{k}'
         folder.mkdir()
-        write(folder, hu[::8, ::4, ::4] if not name.startswith(('two', '3 mm')) else hu[:, ::6, ::6], affine)
+        write(folder, hu[:, ::6, ::6], affine)
         for p in sorted(folder.rglob('*.dcm'))[:1]: p.rename(tmp_path/f'{k:03}.seed')
     ends = mutated(tmp_path, 4000)
     assert 'shape' not in ends and min(ends['read'], ends['refused'], ends['damaged']) > 300 and sum(ends.values()) >= 4000
