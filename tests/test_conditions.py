@@ -1,5 +1,7 @@
 """What public bug reports describe is read right and said, or refused in a sentence: each condition of conditions.py."""
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,3 +46,9 @@ def test_four_thousand_mutated_files_of_these_kinds(tmp_path, scan):
         for p in sorted(folder.rglob('*.dcm'))[:1]: p.rename(tmp_path/f'{k:03}.seed')
     ends = mutated(tmp_path, 4000)
     assert 'shape' not in ends and min(ends['read'], ends['refused'], ends['damaged']) > 300 and sum(ends.values()) >= 4000
+
+
+def test_the_page_of_oddities_lists_them():
+    page = json.loads((Path(__file__).parents[1]/'nbs/01_oddities.ipynb').read_text(encoding='utf-8'))
+    rows = [line.split(' | ')[0].removeprefix('| ') for c in page['cells'] for line in ''.join(c['source']).splitlines() if line.startswith('| ')]
+    assert not [name for name in CONDITIONS if name not in rows]
