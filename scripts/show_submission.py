@@ -256,7 +256,7 @@ def speed(data, out, n):
 
     uids = []
     for p in sorted((data / "test_images").iterdir()):
-        if len(uids) < n and p.is_dir() and plainly_stored(p) and not read_series(p).notes:
+        if len(uids) < n and p.is_dir() and len(slices(p)) > 1 and plainly_stored(p) and not read_series(p).notes:
             uids.append(p.name)
     some = out / "some"
     shutil.rmtree(some, ignore_errors=True)
