@@ -465,7 +465,7 @@ def _stored(slices):
     with Decoders() as decode:
         for s in slices:
             try: out.append(stored_values(s, decode))
-            except (Damaged, OSError): pass
+            except (Damaged, OSError): continue   # `_fill`, which decodes them all, has said so or filled it
     return np.stack(out) if out else np.zeros((0, 1, 1), 'u2')
 
 def _low_bits(slices, raw):
