@@ -72,11 +72,12 @@ def two(folder, hu, A, other=None, by=.5, thinner=False, **differs):
     at.rmdir()
 
 
-for _name, _differs in dict(thickness=dict(SliceThickness='3'), tube_voltage=dict(KVP='80'), rescale_type=dict(RescaleType='MGML'),
-                            projection=dict(ImageType=['DERIVED', 'SECONDARY', 'MIP']), frame_of_reference=dict(FrameOfReferenceUID='1.2.3.77'),
-                            exposure=dict(IrradiationEventUID='1.2.3.78'), time=dict(TemporalPositionIdentifier='2'),
-                            description=dict(SeriesDescription='late')).items():
-    CONDITIONS[f'two volumes: another {_name.replace("_", " ")}'] = (lambda folder, hu, A, d=_differs: two(folder, hu, A, **d)), 'left out 39'
+for _name, _said, _differs in (
+        ('thickness', 'slice thickness', dict(SliceThickness='3')), ('tube voltage', 'tube voltage', dict(KVP='80')), ('rescale type', 'kind of values', dict(RescaleType='MGML')),
+        ('projection', 'kind', dict(ImageType=['DERIVED', 'SECONDARY', 'MIP'])), ('frame of reference', 'frame of reference', dict(FrameOfReferenceUID='1.2.3.77')),
+        ('exposure', 'irradiation', dict(IrradiationEventUID='1.2.3.78')), ('time', 'point in time', dict(TemporalPositionIdentifier='2')),
+        ('description', 'description', dict(SeriesDescription='late'))):
+    CONDITIONS[f'two volumes: another {_name}'] = (lambda folder, hu, A, d=_differs: two(folder, hu, A, **d)), f'left out 39 of another {_said}'
 
 
 @condition('two volumes: nothing in the headers, half a slice further', 'two volumes, one inside the other')
@@ -140,10 +141,11 @@ def enhanced_two(folder, hu, A, group, item, values):
     ds.save_as(path)
 
 
-for _item, _group, _values in (('ConvolutionKernel', 'CTReconstructionSequence', ('SHARP', 'SOFT')), ('StackID', 'FrameContentSequence', ('1', '2')),
-                               ('TemporalPositionIndex', 'FrameContentSequence', (1, 2)),
-                               ('FrameType', 'CTImageFrameTypeSequence', (['ORIGINAL', 'PRIMARY', 'VOLUME', 'NONE'], ['DERIVED', 'PRIMARY', 'MAX_IP', 'NONE']))):
-    CONDITIONS[f'two volumes in one enhanced file: {_item}'] = (lambda folder, hu, A, a=(_group, _item, _values): enhanced_two(folder, hu, A, *a)), 'left out 39'
+for _item, _said, _group, _values in (
+        ('ConvolutionKernel', 'kernel', 'CTReconstructionSequence', ('SHARP', 'SOFT')), ('StackID', 'stack', 'FrameContentSequence', ('1', '2')),
+        ('TemporalPositionIndex', 'point in time', 'FrameContentSequence', (1, 2)),
+        ('FrameType', 'kind', 'CTImageFrameTypeSequence', (['ORIGINAL', 'PRIMARY', 'VOLUME', 'NONE'], ['DERIVED', 'PRIMARY', 'MAX_IP', 'NONE']))):
+    CONDITIONS[f'two volumes in one enhanced file: {_item}'] = (lambda folder, hu, A, a=(_group, _item, _values): enhanced_two(folder, hu, A, *a)), f'left out 39 of another {_said}'
 
 
 # numbers that are not HU
